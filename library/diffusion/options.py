@@ -1,0 +1,107 @@
+"""Options of the noise that is added and of the loss. Imports nothing heavy."""
+
+from dataclasses import dataclass
+
+from library.errors import Problem
+from library.options import option
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class NoiseOptions:
+    """Noise and timesteps."""
+
+    noise_offset: float | None = option(
+        None,
+        help="Add this much constant noise per image and channel, so that very dark and very bright images can be "
+        "learnt (about 0.05 to 0.1). 0 is off.",
+    )
+    noise_offset_random_strength: bool = option(
+        False, help="Draw the strength of the noise offset between 0 and --noise_offset."
+    )
+    multires_noise_iterations: int | None = option(
+        None, minimum=0, help="Levels of multi-resolution (pyramid) noise, 6 to 10 as a rule. 0 is off."
+    )
+    multires_noise_discount: float = option(
+        0.3, minimum=0, help="Each level of multi-resolution noise weighs this much of the level before it."
+    )
+    ip_noise_gamma: float | None = option(
+        None,
+        minimum=0,
+        help="Input perturbation: extra noise of this strength on the noised latents, not on the target "
+        "(about 0.1). 0 is off.",
+    )
+    ip_noise_gamma_random_strength: bool = option(
+        False, help="Draw the strength of the input perturbation between 0 and --ip_noise_gamma."
+    )
+    adaptive_noise_scale: float | None = option(
+        None,
+        help="Add this factor times the mean of each latent channel (absolute) to the noise offset; "
+        "needs --noise_offset.",
+    )
+    zero_terminal_snr: bool = option(
+        False, help="Rescale the noise schedule so that the last timestep is pure noise; meant for v-prediction."
+    )
+    min_timestep: int | None = option(
+        None, minimum=0, maximum=999, help="Lowest timestep that is trained, 0 when absent."
+    )
+    max_timestep: int | None = option(
+        None, minimum=1, maximum=1000, help="End (exclusive) of the timesteps that are trained, 1000 when absent."
+    )
+
+    def problems(self) -> list[Problem]:
+        """Relations inside the group."""
+        found = []
+        if self.adaptive_noise_scale and self.noise_offset is None:
+            found.append(
+                Problem(
+                    "--adaptive_noise_scale changes the noise offset, but there is none",
+                    "--adaptive_noise_scale",
+                    "Give --noise_offset as well, or leave --adaptive_noise_scale out.",
+                )
+            )
+        low = 0 if self.min_timestep is None else self.min_timestep
+        high = 1000 if self.max_timestep is None else self.max_timestep
+        if low >= high:
+            found.append(
+                Problem(
+                    f"no timestep is left between --min_timestep {low} and --max_timestep {high}",
+                    "--min_timestep" if self.min_timestep is not None else "--max_timestep",
+                    "--min_timestep must be smaller than --max_timestep.",
+                )
+            )
+        return found
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class LossOptions:
+    """Loss."""
+
+    loss_type: str = option(
+        "l2",
+        choices=("l1", "l2", "huber", "smooth_l1"),
+        help="Loss per value: squared (l2), absolute (l1), or pseudo-Huber (huber, smooth_l1), which limits the "
+        "weight of outliers.",
+    )
+    huber_schedule: str = option(
+        "snr",
+        choices=("constant", "exponential", "snr"),
+        help="How the threshold of the Huber losses depends on the timestep.",
+    )
+    huber_c: float = option(0.1, above=0, help="Threshold of the Huber losses.")
+    huber_scale: float = option(
+        1.0, above=0, help="Factor on the Huber threshold with the schedules constant and exponential."
+    )
+    min_snr_gamma: float | None = option(
+        None,
+        minimum=0,
+        help="Min-SNR weighting of timesteps with this gamma (5 as a rule); steadies training. 0 is off.",
+    )
+    scale_v_pred_loss_like_noise_pred: bool = option(
+        False, help="Weigh timesteps of a v-prediction model as if noise were predicted; needs --v_parameterization."
+    )
+    v_pred_like_loss: float | None = option(
+        None,
+        minimum=0,
+        help="Add this much of a loss weighted as for v-prediction to that of a noise-prediction model. 0 is off.",
+    )
+    debiased_estimation_loss: bool = option(False, help="Debiased estimation weighting of timesteps.")
