@@ -1,8 +1,8 @@
 """Mistakes that are the user's to mend, and how a script shows them.
 
-A script raises :class:`UserError` for everything wrong with its input and wraps its ``main`` in :func:`run_script`, which
-prints one block (what, where, what to do) and ends with exit code 2. Everything else that escapes is our own defect and
-keeps its traceback.
+A script raises :class:`UserError` for everything wrong with its input and wraps its ``main`` in :func:`run_script`,
+which prints one block (what, where, what to do) and ends with exit code 2. Everything else that escapes is our own
+defect and keeps its traceback.
 """
 
 import logging

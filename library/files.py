@@ -1,7 +1,7 @@
 """Tensor files: read without running code, write whole or not at all, describe and hash.
 
-Reading never executes a pickle: ``.ckpt``, ``.pt`` and ``.bin`` go through ``torch.load(weights_only=True)``. Writing goes
-to a temporary name in the same folder, is flushed to disk and renamed, so a file under its final name is complete.
+Reading never executes a pickle: ``.ckpt``, ``.pt`` and ``.bin`` go through ``torch.load(weights_only=True)``. Writing
+goes to a temporary name in the same folder, is flushed to disk and renamed, so a file under its final name is complete.
 """
 
 import hashlib
@@ -143,7 +143,7 @@ def written_whole(path: Path) -> Iterator[Path]:
         with temporary.open("rb+") as file:
             os.fsync(file.fileno())
         os.replace(temporary, path)
-        _sync_folder(path.parent)
+        sync_folder(path.parent)
     except OSError as error:
         raise UserError(
             f"cannot write {path.name}: {error.strerror or error}",
@@ -170,7 +170,7 @@ def write_json(path: Path, content: object) -> None:
     write_text(path, json.dumps(content, indent=2, sort_keys=True, ensure_ascii=False) + "\n")
 
 
-def _sync_folder(folder: Path) -> None:
+def sync_folder(folder: Path) -> None:
     """Make a rename durable; Windows has no handle for a folder and needs none."""
     if os.name == "nt":
         return
@@ -249,9 +249,10 @@ def legacy_hash_of_file(path: Path) -> str:
 
 
 def tensor_hashes(tensors: "Mapping[str, Tensor]", metadata: Mapping[str, str]) -> tuple[str, str]:
-    """``(sshs_model_hash, sshs_legacy_hash)`` of a network file: over the safetensors bytes with only the ss_* metadata.
+    """``(sshs_model_hash, sshs_legacy_hash)`` of a network file.
 
-    The model hash covers what follows the header, so it depends on tensors alone; the legacy hash covers the header too.
+    Both are of the safetensors bytes with only the ss_* metadata. The model hash covers what follows the header, so it
+    depends on tensors alone; the legacy hash covers the header too.
     """
     from safetensors.torch import save
 
@@ -259,8 +260,3 @@ def tensor_hashes(tensors: "Mapping[str, Tensor]", metadata: Mapping[str, str]) 
     content = save({name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}, metadata=kept)
     (length,) = struct.unpack("<Q", content[:8])
     return hashlib.sha256(content[8 + length :]).hexdigest(), legacy_hash(content)
-
-
-def keep_newest(paths: list[Path], keep: int) -> list[Path]:
-    """Those of ``paths`` (oldest first) to delete so that ``keep`` remain."""
-    return paths[:-keep] if keep > 0 else list(paths)

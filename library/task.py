@@ -1,0 +1,152 @@
+"""Denoising with Stable Diffusion: what every method does with a batch and with a preview prompt."""
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+import torch
+from torch import Tensor, nn
+
+from library.data.dataset import Batch
+from library.diffusion.objective import DenoisingObjective
+from library.diffusion.samplers import generate_latents
+from library.models.latents import decode_latents, encode_images, sample_posterior
+from library.models.prompts import encode_preview_prompts, encode_tokens
+from library.models.stable_diffusion import StableDiffusion
+from library.randomness import torch_generator
+from library.runtime import Runtime
+from library.training.prompt_files import PreviewPrompt
+
+if TYPE_CHECKING:
+    from PIL.Image import Image
+
+LATENT_PIXELS = 8
+"""Pixels of an image along one latent."""
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class DenoisingTask:
+    """Text and images in, losses or previews out.
+
+    Attributes:
+        model: The four parts; U-Net and text encoder on the device, the VAE only while it is used.
+        objective: The loss.
+        runtime: Device, precision and seed.
+        clip_skip: Layer of the text encoder to take, from the end; None is its output.
+        zero_terminal_snr: Previews follow the rescaled schedule.
+    """
+
+    model: StableDiffusion
+    objective: DenoisingObjective
+    runtime: Runtime
+    clip_skip: int | None
+    zero_terminal_snr: bool
+
+    def context(self, batch: Batch) -> Tensor:
+        """The captions of ``batch``, encoded: (B, 75 * chunks + 2, text width)."""
+        return encode_tokens(
+            self.model.text_encoder, batch.input_ids, clip_skip=self.clip_skip, token_weights=batch.token_weights
+        )
+
+    @torch.no_grad()
+    def posterior(self, pixels: Tensor) -> tuple[Tensor, Tensor]:
+        """Mean and standard deviation of the VAE's posterior, (B, 4, H/8, W/8) each, for pixels (B, 3, H, W)."""
+        vae = self.model.vae
+        # The VAE's own dtype holds: under autocast --no_half_vae would be undone.
+        with torch.autocast(self.runtime.device.type, enabled=False):
+            mean, std = encode_images(vae, pixels.to(self.runtime.device, vae.dtype))
+        return mean.float(), std.float()
+
+    @torch.no_grad()
+    def latents(self, batch: Batch) -> Tensor:
+        """Scaled latents of ``batch``, (B, 4, h, w): each a sample of its posterior by the example's own key."""
+        if batch.latent_mean is not None and batch.latent_std is not None:
+            mean, std = batch.latent_mean, batch.latent_std
+        else:
+            assert batch.pixels is not None, "a batch has pixels or latents"
+            mean, std = self.posterior(batch.pixels)
+        noise = [
+            torch.randn(mean.shape[1:], generator=torch_generator(seed, "posterior", epoch, example))
+            for seed, epoch, example in self._keys(batch)
+        ]
+        return sample_posterior(mean, std, torch.stack(noise).to(mean)) * self.model.variant.latent_scale
+
+    def losses(self, batch: Batch, context: Tensor) -> Tensor:
+        """One weighted loss an example, (B,), for the encoded captions ``context``."""
+
+        def predict(noisy: Tensor, timesteps: Tensor) -> Tensor:
+            prediction: Tensor = self.model.unet(noisy, timesteps, context, return_dict=False)[0]
+            return prediction
+
+        losses = self.objective(predict, self.latents(batch), keys=self._keys(batch), mask=batch.mask)
+        return losses * batch.loss_weight
+
+    def _keys(self, batch: Batch) -> list[tuple[int, int, int]]:
+        return [(self.runtime.seed, batch.epoch, example) for example in batch.examples]
+
+    @torch.no_grad()
+    def generate(self, prompt: PreviewPrompt) -> "Image":
+        """The image of ``prompt``, which has a seed; the caller puts modules with dropout into evaluation mode."""
+        assert prompt.seed is not None, "a preview is keyed"
+        model = self.model
+
+        def predict(noisy: Tensor, timesteps: Tensor, context: Tensor) -> Tensor:
+            dtype = next(model.unet.parameters()).dtype
+            prediction: Tensor = model.unet(noisy.to(dtype), timesteps, context, return_dict=False)[0]
+            return prediction
+
+        with self.runtime.accelerator.autocast():
+            context, uncond = encode_preview_prompts(
+                model.tokenizer, model.text_encoder, prompt.prompt, prompt.negative_prompt, clip_skip=self.clip_skip
+            )
+            latents = generate_latents(
+                predict,
+                context,
+                uncond,
+                prediction=model.variant.prediction,
+                zero_terminal_snr=self.zero_terminal_snr,
+                sampler=prompt.sampler,
+                steps=prompt.steps,
+                guidance=prompt.scale,
+                shape=(
+                    model.variant.latent_channels,
+                    prompt.height // LATENT_PIXELS,
+                    prompt.width // LATENT_PIXELS,
+                ),
+                generator=torch.Generator().manual_seed(prompt.seed),
+            )
+        with self.vae_in_use(), torch.autocast(self.runtime.device.type, enabled=False):
+            pixels = decode_latents(model.vae, latents.to(model.vae.dtype), scale=model.variant.latent_scale)
+        return _to_image(pixels[0])
+
+    @contextmanager
+    def vae_in_use(self) -> Iterator[None]:
+        """The VAE on the device inside the block, and back where it was afterwards."""
+        vae = self.model.vae
+        home = vae.device
+        vae.to(self.runtime.device)
+        try:
+            yield
+        finally:
+            vae.to(home)
+
+
+@contextmanager
+def evaluating(module: nn.Module) -> Iterator[None]:
+    """Put ``module`` and all it holds into evaluation mode inside the block."""
+    modes = {part: part.training for part in module.modules()}
+    module.eval()
+    try:
+        yield
+    finally:
+        for part, mode in modes.items():
+            part.training = mode
+
+
+def _to_image(pixels: Tensor) -> "Image":
+    """An image from pixels (3, H, W) in [-1, 1]."""
+    from PIL import Image
+
+    scaled = (pixels.float() / 2 + 0.5).clamp(0, 1).mul(255).round().to("cpu", torch.uint8)
+    return Image.fromarray(scaled.permute(1, 2, 0).numpy())

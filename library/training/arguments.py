@@ -1,0 +1,45 @@
+"""Values of ``key=value`` lists (``--optimizer_args``, ``--lr_scheduler_args``): read them, refuse unknown names."""
+
+import ast
+from collections.abc import Collection, Sequence
+
+from library.errors import Problem
+from library.options import did_you_mean, text_pairs
+
+
+def read_arguments(texts: Sequence[str], *, flag: str) -> tuple[dict[str, object], list[Problem]]:
+    """Read ``key=value`` texts whose values are Python literals: ``weight_decay=0.1``, ``betas=.9,.99``.
+
+    Returns:
+        The values by name, and what could not be read.
+    """
+    values: dict[str, object] = {}
+    problems: list[Problem] = []
+    for name, text in text_pairs(texts).items():
+        try:
+            values[name] = ast.literal_eval(text.strip())
+        except (ValueError, SyntaxError, TypeError, MemoryError, RecursionError):
+            problems.append(Problem(f"{name}={text}: the value cannot be read", where=flag, remedy=_literal_hint(text)))
+    return values, problems
+
+
+def _literal_hint(text: str) -> str:
+    if text.strip().lower() in ("true", "false", "none"):
+        return f"Write {text.strip().capitalize()}, with a capital."
+    return "Write a number, True, False, None, numbers such as 0.9,0.99, or a text in quotes."
+
+
+def unknown_names(given: Collection[str], accepted: Collection[str], *, flag: str, owner: str) -> list[Problem]:
+    """A problem for every name in ``given`` that ``owner`` does not accept, with the nearest and all accepted names."""
+    return [
+        Problem(f"{owner} has no argument {name!r}", where=flag, remedy=choose_from(name, accepted, f"{owner} accepts"))
+        for name in given
+        if name not in accepted
+    ]
+
+
+def choose_from(name: str, names: Collection[str], label: str) -> str:
+    """A remedy for a wrong name: the nearest of ``names``, and all of them after ``label``."""
+    everything = f"{label}: {', '.join(names) or 'none'}."
+    nearest = did_you_mean(name, [known.lower() for known in names])
+    return f"{nearest} {everything}" if nearest else everything

@@ -1,0 +1,217 @@
+"""The training loop: the only one, for every method. It knows steps, and nothing of diffusion."""
+
+import math
+import signal
+import threading
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import contextmanager, nullcontext
+from itertools import islice
+from types import FrameType
+from typing import Any
+
+import torch
+from torch import nn
+from torch.optim.lr_scheduler import LRScheduler
+from tqdm import tqdm
+
+from library.errors import UserError
+from library.randomness import key
+from library.runtime import Runtime
+from library.training.method import Hook, MicroBatch, Moment, RunLength, StepShape, TrainingMethod
+from library.training.tracking import LossAverage
+
+
+class Interruption:
+    """Notices the first Ctrl-C or SIGTERM, so that the step in progress is finished; the second one stops at once."""
+
+    def __init__(self) -> None:
+        self.signal: int | None = None
+
+    @property
+    def requested(self) -> bool:
+        """Whether this process was asked to stop."""
+        return self.signal is not None
+
+    @property
+    def exit_code(self) -> int:
+        """What a shell expects of a process ended by the signal; 0 when none came."""
+        return 128 + self.signal if self.signal is not None else 0
+
+    @contextmanager
+    def watched(self) -> Iterator["Interruption"]:
+        """Watch for signals inside the block; the former handlers come back afterwards."""
+        if threading.current_thread() is not threading.main_thread():
+            yield self
+            return
+        former = {number: signal.signal(number, self._notice) for number in (signal.SIGINT, signal.SIGTERM)}
+        try:
+            yield self
+        finally:
+            for number, handler in former.items():
+                signal.signal(number, handler)
+
+    def _notice(self, number: int, frame: FrameType | None) -> None:
+        if self.requested:
+            raise KeyboardInterrupt
+        self.signal = number
+        tqdm.write("stopping after this step; once more stops at once")
+
+
+def fit(
+    method: TrainingMethod,
+    batches: Iterable[MicroBatch],
+    *,
+    length: RunLength,
+    shape_of: Callable[[int], StepShape],
+    optimizer: Any,
+    schedule: LRScheduler,
+    runtime: Runtime,
+    start_step: int = 0,
+    max_grad_norm: float = 1.0,
+    hooks: Sequence[Hook] = (),
+    name_examples: Callable[[Sequence[int]], Sequence[str]] = lambda examples: list(map(str, examples)),
+    interruption: Interruption | None = None,
+) -> int:
+    """Train from ``start_step`` to the end of the run, or until asked to stop.
+
+    Args:
+        method: What is trained; its module and ``optimizer`` are already prepared by Accelerate.
+        batches: The micro-batches of this process from ``start_step`` on, in order.
+        length: Length of the run.
+        shape_of: How the step with a given index (from 0) is put together.
+        optimizer: The prepared optimizer.
+        schedule: The learning rates, advanced once an optimizer step; not prepared (Accelerate would advance it once
+            a process).
+        runtime: Processes and precision.
+        start_step: Number of steps already done.
+        max_grad_norm: Gradients are scaled down to this norm; 0 leaves them.
+        hooks: Called in order after every step.
+        name_examples: File names for the numbers of examples, for messages.
+        interruption: Asked after every step whether to stop.
+
+    Returns:
+        The number of finished steps; less than ``length.total_steps`` when interrupted.
+
+    Raises:
+        UserError: The loss or the gradient is not finite; the step was not made.
+    """
+    interruption = interruption or Interruption()
+    average = LossAverage()
+    stream = iter(batches)
+    progress = tqdm(
+        total=length.total_steps, initial=start_step, desc="steps", smoothing=0.1, disable=not runtime.is_main
+    )
+    step = start_step
+    with progress:
+        while step < length.total_steps:
+            shape = shape_of(step)
+            micro_batches = [batch.to(runtime.device) for batch in islice(stream, shape.micro_batches)]
+            assert micro_batches, "the plan promised more batches"
+            assert {batch.step for batch in micro_batches} == {step}, "batches are not those of the step"
+            loss, stop = _accumulate(method.module, micro_batches, shape, runtime, interruption)
+            rates = _learning_rates(optimizer)
+            names = _Names(name_examples, micro_batches)
+            gradient_norm = _update(method, optimizer, schedule, runtime, max_grad_norm, loss, step, names)
+            epoch = length.epoch_of(step)
+            average.add(epoch=epoch - 1, step=step % length.steps_per_epoch, loss=loss)
+            step += 1
+            moment = Moment(
+                step=step,
+                epoch=epoch,
+                epoch_ended=step % length.steps_per_epoch == 0,
+                finished=step == length.total_steps,
+                loss=loss,
+                average_loss=average.value,
+                learning_rates=rates,
+                metrics={**method.after_step(step), "gradient_norm": gradient_norm},
+            )
+            progress.set_postfix(avr_loss=f"{average.value:.4f}", lr=_shown_rate(rates), refresh=False)
+            progress.update()
+            for hook in hooks:
+                hook(moment)
+            if stop:
+                break
+    return step
+
+
+class _Names:
+    """File names of the examples in ``micro_batches``, looked up only for a message."""
+
+    def __init__(self, name_examples: Callable[[Sequence[int]], Sequence[str]], batches: Sequence[MicroBatch]) -> None:
+        self._name_examples = name_examples
+        self._batches = batches
+
+    def __str__(self) -> str:
+        return ", ".join(self._name_examples([number for batch in self._batches for number in batch.examples]))
+
+
+def _accumulate(
+    module: nn.Module,
+    micro_batches: Sequence[MicroBatch],
+    shape: StepShape,
+    runtime: Runtime,
+    interruption: Interruption,
+) -> tuple[float, bool]:
+    """Add up the gradients of a step; gradients are exchanged between processes with the last micro-batch only.
+
+    Returns:
+        The mean loss over the examples of all processes, and whether any process was asked to stop.
+    """
+    accelerator = runtime.accelerator
+    total = torch.zeros(2, device=runtime.device)
+    for index, batch in enumerate(micro_batches):
+        last = index == len(micro_batches) - 1
+        with nullcontext() if last else accelerator.no_sync(module):
+            # Dropout and third-party adapters draw from the global generator: it is set by address, too.
+            torch.manual_seed(key(runtime.seed, "step", batch.step, *batch.examples))
+            loss = module(batch).sum()
+            # DDP averages gradients over processes: times world makes the sum, and the step's mean is over examples.
+            accelerator.backward(loss * (runtime.world / shape.examples))
+        total[0] += loss.detach()
+    total[1] = float(interruption.requested)
+    total = accelerator.reduce(total, reduction="sum")
+    return float(total[0]) / shape.examples, bool(total[1] > 0)
+
+
+def _update(
+    method: TrainingMethod,
+    optimizer: Any,
+    schedule: LRScheduler,
+    runtime: Runtime,
+    max_grad_norm: float,
+    loss: float,
+    step: int,
+    names: _Names,
+) -> float:
+    """Check, clip, step; returns the norm of the gradient before clipping."""
+    parameters = [parameter for group in optimizer.param_groups for parameter in group["params"]]
+    limit = max_grad_norm if max_grad_norm > 0 else math.inf
+    norm = float(runtime.accelerator.clip_grad_norm_(parameters, limit))
+    # An fp16 gradient may overflow: the scaler then skips the step and lowers its scale.
+    scaled = runtime.accelerator.scaler is not None
+    if not math.isfinite(loss) or not (scaled or math.isfinite(norm)):
+        what = "loss" if not math.isfinite(loss) else "gradient"
+        raise UserError(
+            f"the {what} is not finite at step {step + 1} (loss {loss}, gradient norm {norm}); the step was not made",
+            where=f"images: {names}",
+            remedy="Lower the learning rate, check these images, or use bf16 or fp32 instead of fp16. "
+            "What was saved before is good.",
+        )
+    optimizer.step()
+    optimizer.zero_grad(set_to_none=True)
+    if not optimizer.step_was_skipped:
+        schedule.step()
+    return norm
+
+
+def _learning_rates(optimizer: Any) -> dict[str, float]:
+    return {
+        str(group.get("name", f"group{number}")): float(group["lr"])
+        for number, group in enumerate(optimizer.param_groups)
+    }
+
+
+def _shown_rate(rates: dict[str, float]) -> str:
+    """One number when all groups share a rate, otherwise the range."""
+    low, high = min(rates.values()), max(rates.values())
+    return f"{low:.2e}" if low == high else f"{low:.1e}..{high:.1e}"

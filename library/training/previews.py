@@ -1,0 +1,119 @@
+"""The hook that makes preview images: when they are due, their names, and their parameters inside the PNG."""
+
+import logging
+from collections.abc import Callable, Sequence
+from dataclasses import replace
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from library.files import written_whole
+from library.randomness import key
+from library.training.clock import now, stamp
+from library.training.options import PreviewOptions
+from library.training.privacy import shown_path
+from library.training.prompt_files import PreviewPrompt
+
+if TYPE_CHECKING:
+    from PIL.Image import Image
+
+    from library.training.method import Moment
+
+logger = logging.getLogger(__name__)
+
+Generate = Callable[[PreviewPrompt], "Image"]
+
+
+class Previews:
+    """The hook that makes preview images.
+
+    Args:
+        options: When images are made.
+        prompts: What they show.
+        generate: Makes one image; the prompt it gets always has a seed.
+        output_dir: Images go to the folder ``sample`` below it.
+        output_name: Put before the names of the images.
+        seed: Seed of the run: an image without a seed of its own gets one from it, the same every time.
+        is_main: Only the main process makes images.
+    """
+
+    def __init__(
+        self,
+        options: PreviewOptions,
+        prompts: Sequence[PreviewPrompt],
+        generate: Generate,
+        *,
+        output_dir: Path,
+        output_name: str | None,
+        seed: int,
+        is_main: bool = True,
+    ) -> None:
+        self._options = options.settled()
+        self._prompts = prompts
+        self._generate = generate
+        self._folder = output_dir / "sample"
+        self._prefix = f"{output_name}_" if output_name else ""
+        self._seed = seed
+        self._is_main = is_main
+        self.written: list[Path] = []
+
+    def before_training(self) -> None:
+        """Make the images that show the model untrained, if they are asked for."""
+        if self._options.sample_at_first:
+            self.make("e000000", step=0)
+
+    def __call__(self, moment: "Moment") -> None:
+        """Make the images that are due at ``moment``; a number of epochs wins over a number of steps."""
+        epochs, steps = self._options.sample_every_n_epochs, self._options.sample_every_n_steps
+        if epochs:
+            if moment.epoch_ended and moment.epoch % epochs == 0:
+                self.make(f"e{moment.epoch:06d}", step=moment.step)
+        elif steps and moment.step % steps == 0:
+            self.make(f"{moment.step:06d}", step=moment.step)
+
+    def make(self, occasion: str, *, step: int) -> None:
+        """Make one image for each prompt; a prompt that fails is logged, and the others are made."""
+        if not self._is_main:
+            return
+        for index, prompt in enumerate(self._prompts):
+            seed = f"_{prompt.seed}" if prompt.seed is not None else ""
+            path = self._folder / f"{self._prefix}{occasion}_{index:02d}_{stamp(now())}{seed}.png"
+            try:
+                self._make_one(path, prompt, index, step)
+            except Exception as error:
+                logger.error("the preview of prompt %d failed: %s", index + 1, error)
+                logger.debug("preview failed", exc_info=True)
+
+    def _make_one(self, path: Path, prompt: PreviewPrompt, index: int, step: int) -> None:
+        if prompt.seed is None:
+            prompt = replace(prompt, seed=key(self._seed, "preview", index))
+        write_png(path, self._generate(prompt), {**_parameters(prompt), "step": str(step)})
+        self.written.append(path)
+        logger.info("preview: %s", shown_path(path))
+
+
+def _parameters(prompt: PreviewPrompt) -> dict[str, str]:
+    """What it takes to make the image again, as PNG text."""
+    return {
+        "prompt": prompt.prompt,
+        "negative-prompt": prompt.negative_prompt,
+        "seed": str(prompt.seed),
+        "sampler": prompt.sampler,
+        "steps": str(prompt.steps),
+        "scale": str(prompt.scale),
+        "size": f"{prompt.width}x{prompt.height}",
+    }
+
+
+def write_png(path: Path, image: "Image", text: dict[str, str]) -> None:
+    """Write ``image`` as PNG with ``text`` inside, whole or not at all.
+
+    Raises:
+        UserError: The folder cannot be written to.
+    """
+    from PIL.PngImagePlugin import PngInfo
+
+    info = PngInfo()
+    for name, value in text.items():
+        info.add_itxt(name, value)
+    with written_whole(path) as temporary:
+        image.save(temporary, format="PNG", pnginfo=info)

@@ -1,0 +1,143 @@
+"""Hooks that save: the model so far, and the state of the run."""
+
+import logging
+import shutil
+import struct
+from collections.abc import Callable
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from library.errors import UserError
+from library.files import read_header
+from library.training.naming import END, OutputNames, SavePlan, SavePoint, finished_epochs
+from library.training.privacy import shown_path
+from library.training.states import TrainingState, write_state
+
+if TYPE_CHECKING:
+    from library.training.method import Moment
+
+logger = logging.getLogger(__name__)
+
+SaveModel = Callable[[Path, int, int], None]
+CaptureState = Callable[[int, int], TrainingState]
+
+
+class ModelSaver:
+    """The hook that writes models: what is due by the plan, and the final one.
+
+    Args:
+        plan: When to save and what stays.
+        names: Names of the files.
+        save: ``save(path, step, epoch)`` writes the model, whole or not at all.
+        is_main: Only the main process writes.
+    """
+
+    def __init__(self, plan: SavePlan, names: OutputNames, save: SaveModel, *, is_main: bool = True) -> None:
+        self._plan = plan
+        self._names = names
+        self._save = save
+        self._is_main = is_main
+        self.last_saved: Path | None = None
+
+    def __call__(self, moment: "Moment") -> None:
+        """Save what is due at ``moment``."""
+        for point in self._plan.due(moment):
+            epoch = finished_epochs(moment) if point.kind == "step" else moment.epoch
+            self.save(point, step=moment.step, epoch=epoch)
+
+    def save(self, point: SavePoint = END, *, step: int, epoch: int) -> None:
+        """Save the model under the name of ``point``, then remove the one it replaces.
+
+        Raises:
+            UserError: The file cannot be written, or is not whole after writing; nothing is removed then.
+        """
+        if not self._is_main:
+            return
+        path = self._names.model(point)
+        logger.info("saving checkpoint: %s", shown_path(path))
+        self._save(path, step, epoch)
+        _verify_model(path)
+        self.last_saved = path
+        outdated = self._plan.outdated(point)
+        if outdated is not None:
+            _remove(self._names.model(outdated), "removing old checkpoint: %s")
+
+
+class StateSaver:
+    """The hook that writes states: together with models, or only at the end.
+
+    Args:
+        plan: When to save and what stays.
+        names: Names of the folders.
+        capture: ``capture(step, epoch)`` gives the state of the run.
+        every_time: Save whenever the plan says so; otherwise only at the end.
+        is_main: Only the main process writes.
+    """
+
+    def __init__(
+        self, plan: SavePlan, names: OutputNames, capture: CaptureState, *, every_time: bool, is_main: bool = True
+    ) -> None:
+        self._plan = plan
+        self._names = names
+        self._capture = capture
+        self._every_time = every_time
+        self._is_main = is_main
+        self.last_saved: Path | None = None
+
+    def __call__(self, moment: "Moment") -> None:
+        """Save what is due at ``moment``."""
+        for point in self._plan.due(moment):
+            if self._every_time or point == END:
+                self.save(point, step=moment.step, epoch=moment.epoch)
+
+    def save(self, point: SavePoint = END, *, step: int, epoch: int) -> None:
+        """Save the state under the name of ``point``, then remove the one it replaces.
+
+        Raises:
+            UserError: The folder cannot be written; nothing is removed then.
+        """
+        if not self._is_main:
+            return
+        path = self._names.state(point)
+        logger.info("saving state: %s", shown_path(path))
+        write_state(path, self._capture(step, epoch))
+        self.last_saved = path
+        outdated = self._plan.outdated(point)
+        if outdated is not None:
+            _remove(self._names.state(outdated), "removing old state: %s")
+
+
+def _verify_model(path: Path) -> None:
+    """Refuse to go on as if ``path`` were saved when it is missing, empty or cut off."""
+    files = [file for file in (path, *path.rglob("*")) if file.is_file()]
+    if not files or any(file.stat().st_size < _least_size(file) for file in files):
+        raise UserError(
+            f"{path.name} is not whole after saving",
+            where=str(path.parent),
+            remedy="Check the disk; earlier files are kept.",
+        )
+
+
+def _least_size(path: Path) -> int:
+    """Bytes a file must have: what the header of a safetensors file promises, one byte of any other."""
+    header = read_header(path)
+    if not header:
+        return 1
+    with path.open("rb") as file:
+        (header_size,) = struct.unpack("<Q", file.read(8))
+    ends = [facts["data_offsets"][1] for name, facts in header.items() if name != "__metadata__"]
+    return 8 + int(header_size) + int(max(ends, default=0))
+
+
+def _remove(path: Path, message: str) -> None:
+    """Remove a model or a state that is no longer kept; one that resists is only mentioned."""
+    if not path.exists():
+        return
+    logger.info(message, shown_path(path))
+    try:
+        if path.is_dir():
+            shutil.rmtree(path)
+        else:
+            path.unlink()
+    except OSError as error:
+        logger.warning("%s could not be removed: %s", shown_path(path), error.strerror or error)
