@@ -14,6 +14,7 @@ from library.data.lint import lint
 from library.data.options import CacheOptions, CaptionOptions, ImageOptions, SourceOptions
 from library.data.records import ImageRecord, scan
 from library.data.spec import DataSpec
+from library.diffusion.samplers import check_sampler
 from library.errors import Problem, UserError, raise_if_any
 from library.models.detect import check_model_source
 from library.models.options import ModelOptions, PromptOptions
@@ -119,7 +120,10 @@ def _prompts(options: PreviewOptions) -> tuple[PreviewPrompt, ...]:
     wanted = settled.sample_at_first or settled.sample_every_n_epochs or settled.sample_every_n_steps
     if not wanted or settled.sample_prompts is None:
         return ()
-    return load_prompts(settled.sample_prompts, default_sampler=settled.sample_sampler)
+    prompts = load_prompts(settled.sample_prompts, default_sampler=settled.sample_sampler)
+    for sampler in {prompt.sampler for prompt in prompts}:
+        check_sampler(sampler, where="--sample_sampler, --sample_prompts")
+    return prompts
 
 
 def _read_data(options: InputOptions) -> tuple[DataSpec, tuple[ImageRecord, ...]]:

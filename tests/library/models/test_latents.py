@@ -1,0 +1,55 @@
+import pytest
+import torch
+
+from library.errors import UserError
+from library.models.latents import decode_latents, encode_images, sample_posterior
+from tests.tiny import tiny_parts
+
+
+@pytest.fixture(scope="module")
+def vae():
+    return tiny_parts("sd1").vae
+
+
+def test_the_posterior_is_the_vaes(vae):
+    pixels = torch.linspace(-1, 1, 2 * 3 * 64 * 48).reshape(2, 3, 64, 48)
+
+    mean, std = encode_images(vae, pixels)
+
+    expected = vae.encode(pixels).latent_dist
+    assert mean.shape == std.shape == (2, 4, 8, 6)
+    assert torch.equal(mean, expected.mean)
+    assert torch.equal(std, expected.std)
+    torch.testing.assert_close(std, (0.5 * expected.logvar).exp())
+
+
+def test_a_sample_is_the_mean_and_the_scaled_noise():
+    mean, std, noise = torch.tensor([1.0]), torch.tensor([0.5]), torch.tensor([-2.0])
+    assert sample_posterior(mean, std, noise) == torch.tensor([0.0])
+
+
+def test_decoding_undoes_the_scale_and_stays_in_range(vae):
+    latents = torch.ones(1, 4, 8, 8) * 0.3
+
+    pixels = decode_latents(vae, latents * 0.18215, 0.18215)
+
+    expected = vae.decode(latents).sample.clamp(-1, 1)
+    torch.testing.assert_close(pixels, expected)
+    assert decode_latents(vae, latents * 1000, 1.0).abs().max() <= 1
+
+
+def test_a_16_bit_vae_gives_float32(vae):
+    half = tiny_parts("sd1").vae.to(torch.bfloat16)
+    pixels = torch.linspace(-1, 1, 3 * 64 * 64).reshape(1, 3, 64, 64)
+    mean, std = encode_images(half, pixels)
+    assert mean.dtype == std.dtype == torch.float32
+    torch.testing.assert_close(mean, encode_images(vae, pixels)[0], atol=0.05, rtol=0.05)
+    assert decode_latents(half, mean, 1.0).dtype == torch.float32
+
+
+def test_values_that_are_not_finite_stop_with_the_remedy():
+    broken = tiny_parts("sd1").vae
+    broken.quant_conv.bias.fill_(torch.inf)
+    with pytest.raises(UserError, match="not finite") as caught:
+        encode_images(broken, torch.zeros(1, 3, 64, 64))
+    assert "--no_half_vae" in str(caught.value)
