@@ -11,7 +11,7 @@ import pickle
 import struct
 import uuid
 from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Final
@@ -70,14 +70,18 @@ def _read_torch(path: Path) -> TensorFile:
     import torch
 
     try:
-        content = torch.load(str(path), map_location="cpu", weights_only=True)
+        # Stable Diffusion's first checkpoints name this class of their trainer; a name is all that is made of it.
+        with torch.serialization.safe_globals(
+            [(_Ignored, "pytorch_lightning.callbacks.model_checkpoint.ModelCheckpoint")]
+        ):
+            content = torch.load(str(path), map_location="cpu", weights_only=True)
     except pickle.UnpicklingError as error:
         raise UserError(
             "the file holds Python objects besides tensors, and loading them could run code",
             where=str(path),
             remedy="Convert it to .safetensors with a tool and a machine you trust, then use that file.",
         ) from error
-    except (RuntimeError, EOFError, OSError, ValueError, KeyError) as error:
+    except Exception as error:  # whatever the bytes make the reader stumble over
         raise UserError(
             f"not a readable torch file: {str(error).splitlines()[0] if str(error) else type(error).__name__}",
             where=str(path),
@@ -95,6 +99,10 @@ def _read_torch(path: Path) -> TensorFile:
     kept = content if source is not content else source
     extra = {str(k): v for k, v in kept.items() if not isinstance(v, torch.Tensor) and k != "state_dict"}
     return TensorFile(tensors, {}, extra)
+
+
+class _Ignored:
+    """Stands for a class whose objects mean nothing here."""
 
 
 def read_metadata(path: Path) -> dict[str, str]:
@@ -151,7 +159,8 @@ def written_whole(path: Path) -> Iterator[Path]:
             remedy="Free space on the disk or choose another folder; earlier files are untouched.",
         ) from error
     finally:
-        temporary.unlink(missing_ok=True)
+        with suppress(OSError):
+            temporary.unlink()
 
 
 def write_bytes(path: Path, content: bytes) -> None:
@@ -195,7 +204,7 @@ def write_tensors(
         path: Final name.
         tensors: Tensors by name, on any device.
         metadata: Text for the safetensors header; a torch file has no place for it.
-        dtype: Cast every tensor to this dtype; as they are when absent.
+        dtype: Cast floating point tensors to this dtype; as they are when absent.
         extra: Values stored beside the tensors, under ``state_dict`` then (torch files only).
 
     Raises:
@@ -216,7 +225,7 @@ def write_tensors(
 def _ready_to_save(name: str, tensor: "Tensor", dtype: "torch.dtype | None", path: Path) -> "Tensor":
     import torch
 
-    tensor = tensor.detach().to("cpu", dtype=dtype).contiguous()
+    tensor = tensor.detach().to("cpu", dtype=dtype if tensor.is_floating_point() else None).contiguous()
     if tensor.is_floating_point() and not bool(torch.isfinite(tensor).all()):
         raise UserError(
             f"refusing to save: {name} holds values that are not finite",

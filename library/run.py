@@ -13,7 +13,7 @@ from library.data.latent_cache import LatentCache
 from library.data.loader import build_loader
 from library.data.options import LoaderOptions
 from library.data.setup import TrainingData
-from library.data.summary import dataset_metadata
+from library.data.summary import dataset_metadata, startup_table
 from library.diffusion.options import NoiseOptions
 from library.inputs import InputOptions, Inputs
 from library.models.prompts import CaptionTokenizer
@@ -114,7 +114,9 @@ def train(
             vae=options.model.vae,
             network_args=network_args,
         ),
-        dataset_metadata(inputs.spec, data),
+        dataset_metadata(
+            inputs.spec, data, batches_per_step=runtime.world * options.length.gradient_accumulation_steps
+        ),
     )
 
     def save(path: Path, step: int, epoch: int) -> None:
@@ -139,6 +141,7 @@ def train(
         suffix=suffix,
         tracker_name=tracker_name,
     )
+    log.info("%s", startup_table(inputs.spec, data))
     for line in startup_lines(_start_facts(options, data, plan, length, runtime, start_step)):
         log.info("%s", line)
     if start_step == 0:

@@ -76,7 +76,9 @@ def set_up_logging(options: ConsoleOptions) -> None:
     )
     root.addHandler(new)
     root.setLevel(level)
-    for name in ("httpx", "urllib3", "PIL", "accelerate", "diffusers", "transformers", "filelock", "bitsandbytes"):
+    # bitsandbytes warns on import of kernels that nothing here uses.
+    logging.getLogger("bitsandbytes").setLevel(logging.ERROR)
+    for name in ("httpx", "urllib3", "PIL", "accelerate", "diffusers", "transformers", "filelock"):
         logging.getLogger(name).setLevel(max(level, logging.WARNING))
 
 

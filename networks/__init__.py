@@ -1,0 +1,1 @@
+"""Networks that adapt a model, and tools for their files."""

@@ -1,0 +1,1 @@
+"""What Stable Diffusion is."""

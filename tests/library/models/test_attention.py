@@ -62,7 +62,9 @@ def gradients_and_outputs(parts):
     prediction = parts.unet(latents, torch.tensor([3, 700]), context).sample
     pixels = parts.vae.decode(latents).sample
     posterior = parts.vae.encode(normal(1, 3, 64, 64, seed=2)).latent_dist.mean
-    by_latents, by_context = torch.autograd.grad(prediction.square().mean() + pixels.square().mean(), [latents, context])
+    by_latents, by_context = torch.autograd.grad(
+        prediction.square().mean() + pixels.square().mean(), [latents, context]
+    )
     return prediction, pixels, posterior, by_latents, by_context
 
 

@@ -4,7 +4,13 @@ from types import SimpleNamespace
 
 import huggingface_hub
 import pytest
-from huggingface_hub.errors import HTTPError, LocalEntryNotFoundError, OfflineModeIsEnabled
+from huggingface_hub.errors import (
+    GatedRepoError,
+    HTTPError,
+    LocalEntryNotFoundError,
+    OfflineModeIsEnabled,
+    RepositoryNotFoundError,
+)
 
 from library.errors import UserError
 from library.models.hub import fetch_model, fetch_vae, model_files, vae_files
@@ -119,3 +125,14 @@ def test_a_repository_without_weights_is_reported(hub):
     hub.names = ["README.md"]
     with pytest.raises(UserError, match="no weights"):
         fetch_model("owner/model")
+
+
+@pytest.mark.parametrize(
+    ("kind", "said"), [(RepositoryNotFoundError, "no such model on the hub"), (GatedRepoError, "has to be granted")]
+)
+def test_what_the_hub_refuses_is_explained(hub, kind, said):
+    # Made without the response that the constructor wants.
+    hub.failure = kind.__new__(kind)
+    with pytest.raises(UserError, match=said) as caught:
+        fetch_model("owner/model")
+    assert "hf auth login" in str(caught.value)

@@ -1,0 +1,356 @@
+"""From options, a dataset file or named folders to a :class:`DataSpec`, with everything that is wrong told at once."""
+
+import logging
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, fields
+from pathlib import Path
+from typing import Any, Final
+
+from library.data.config_file import DatasetSection, Section, read_dataset_file
+from library.data.findings import Finding, error, warning, warnings_of
+from library.data.folders import explain_base_dir, image_names, parse_folder_name, shown_name, subfolder_names
+from library.data.options import CacheOptions, CaptionOptions, ImageOptions, SourceOptions
+from library.data.schema import CAPTION_DROPOUT_KEYS, KEYS
+from library.data.spec import AugmentRules, BucketRules, CaptionRules, DatasetSpec, DataSpec, Size, SubsetSpec
+
+_log = logging.getLogger(__name__)
+
+_RESOLUTION_GRID: Final = 8
+"""The VAE shrinks by 8."""
+
+_UNET_GRID: Final = 64
+"""Sides that are multiples of 64 stay whole at every level of the U-Net."""
+
+
+@dataclass(frozen=True, slots=True)
+class _Chain:
+    """Sections from the nearest to the farthest; the first that gives a key decides it."""
+
+    sections: tuple[Section, ...]
+
+    def __getitem__(self, name: str) -> Any:
+        for section in self.sections:
+            if name in section.values:
+                return section.values[name]
+        return KEYS[name].default
+
+    def where(self, name: str) -> str:
+        """Where the value of ``name`` comes from."""
+        for section in self.sections:
+            if name in section.values:
+                return section.places.get(name, section.where)
+        return self.sections[0].where
+
+    def rules(self, kind: type[Any]) -> Any:
+        """A rules dataclass, each field by the key of its name."""
+        return kind(**{rule.name: self[rule.name] for rule in fields(kind)})
+
+
+def load_spec(
+    source: SourceOptions,
+    image: ImageOptions,
+    captions: CaptionOptions,
+    cache: CacheOptions,
+    *,
+    caption_dropout: bool = True,
+) -> DataSpec:
+    """The training set that the options describe; what is remarkable about it goes to the log.
+
+    Args:
+        source: Where the images are: a dataset file, or a folder of named folders.
+        image: Fallbacks for what the dataset file does not say about images.
+        captions: Fallbacks for what it does not say about captions.
+        cache: Whether latents are cached, which excludes some augmentations.
+        caption_dropout: Whether the method can leave captions out.
+
+    Raises:
+        UserError: With every problem found.
+    """
+    spec, findings = read_spec(source, image, captions, cache, caption_dropout=caption_dropout)
+    for finding in warnings_of(findings):
+        _log.warning("%s", finding)
+    return spec
+
+
+def read_spec(
+    source: SourceOptions,
+    image: ImageOptions,
+    captions: CaptionOptions,
+    cache: CacheOptions,
+    *,
+    caption_dropout: bool = True,
+) -> tuple[DataSpec, list[Finding]]:
+    """As :func:`load_spec`, but with the findings returned, errors among them: the rest can then be checked too.
+
+    Raises:
+        UserError: The dataset file cannot be read at all.
+    """
+    flags = _command_line(source, image, captions, caption_dropout=caption_dropout)
+    if source.dataset_config is not None:
+        spec, findings = _from_file(source.dataset_config, flags, caption_dropout=caption_dropout)
+        if source.train_data_dir or source.reg_data_dir:
+            findings.append(
+                warning(
+                    "--train_data_dir and --reg_data_dir are ignored: the dataset file names the folders",
+                    "--dataset_config",
+                    "Leave them out.",
+                )
+            )
+    else:
+        spec, findings = _from_folders(source, flags)
+    findings.extend(_cache_conflicts(spec, cache))
+    return spec, findings
+
+
+def _command_line(
+    source: SourceOptions, image: ImageOptions, captions: CaptionOptions, *, caption_dropout: bool
+) -> Section:
+    """The options as the outermost section, under the names that the keys have in a file."""
+    given: dict[str, Any] = {"dataset_repeats": source.dataset_repeats, "cache_info": source.cache_info}
+    for group in (image, captions.settled()):
+        given |= {option.name: getattr(group, option.name) for option in fields(group)}
+    keys = [key for key in KEYS.values() if key.flag is not None and given.get(key.flag) is not None]
+    if not caption_dropout:
+        keys = [key for key in keys if key.name not in CAPTION_DROPOUT_KEYS]
+    return Section(
+        "command line",
+        {key.name: given[str(key.flag)] for key in keys},
+        {key.name: f"--{key.flag}" for key in keys},
+    )
+
+
+def _from_file(path: Path, flags: Section, *, caption_dropout: bool) -> tuple[DataSpec, list[Finding]]:
+    file, findings = read_dataset_file(path, caption_dropout=caption_dropout)
+    datasets = []
+    for dataset in file.datasets:
+        chain = _Chain((dataset.section, file.general, flags))
+        subsets = tuple(_subsets_of(dataset, chain, path.parent, findings))
+        datasets.append(_dataset(chain, subsets, dataset.section.where, findings))
+    if not datasets:
+        findings.append(
+            error("the file describes no data set", str(path), "Add [[datasets]] and [[datasets.subsets]].")
+        )
+    return DataSpec(datasets=tuple(datasets), where=str(path)), findings
+
+
+def _subsets_of(dataset: DatasetSection, chain: _Chain, beside: Path, findings: list[Finding]) -> Iterable[SubsetSpec]:
+    """The subsets of a data set; ``beside`` is the folder of the file, tried for relative paths."""
+    if not dataset.subsets:
+        findings.append(
+            error(
+                "the data set has no subsets, so no images",
+                dataset.section.where,
+                "Add [[datasets.subsets]] with image_dir = 'folder of the images'.",
+            )
+        )
+    for section in dataset.subsets:
+        own = _Chain((section, *chain.sections))
+        image_dir = section.values.get("image_dir")
+        if image_dir is not None:
+            yield _subset(own, _locate(image_dir, beside), section.where)
+        elif "metadata_file" not in section.values:
+            findings.append(
+                error("the subset has no image_dir", section.where, "Add image_dir = 'folder of the images'.")
+            )
+
+
+def _locate(image_dir: str, beside: Path) -> Path:
+    """A folder as the current directory has it; or else, if it is there, as the folder of the dataset file has it."""
+    path = Path(image_dir).expanduser()
+    return beside / path if not path.exists() and (beside / path).exists() else path
+
+
+def _subset(chain: _Chain, image_dir: Path, where: str) -> SubsetSpec:
+    return SubsetSpec(
+        image_dir=image_dir,
+        name=shown_name(image_dir),
+        where=where,
+        class_tokens=chain["class_tokens"],
+        is_reg=chain["is_reg"],
+        num_repeats=chain["num_repeats"],
+        caption_extension=chain["caption_extension"],
+        captions=chain.rules(CaptionRules),
+        augment=chain.rules(AugmentRules),
+        resize_interpolation=chain["resize_interpolation"],
+        alpha_mask=chain["alpha_mask"],
+        custom_attributes=chain["custom_attributes"],
+    )
+
+
+def _from_folders(source: SourceOptions, flags: Section) -> tuple[DataSpec, list[Finding]]:
+    """The data set made of the folders ``<repeats>_<class tokens>`` in ``--train_data_dir`` and ``--reg_data_dir``."""
+    findings: list[Finding] = []
+    if source.train_data_dir is None:
+        findings.append(
+            error(
+                "no training images are given",
+                "command line",
+                "Give --dataset_config=FILE, or --train_data_dir=FOLDER with folders such as '10_sks dog' in it.",
+            )
+        )
+    chain = _Chain((flags,))
+    subsets = tuple(
+        subset
+        for base, flag in ((source.train_data_dir, "--train_data_dir"), (source.reg_data_dir, "--reg_data_dir"))
+        if base is not None
+        for subset in _named_subsets(base, flag, chain, findings)
+    )
+    dataset = _dataset(chain, subsets, "--train_data_dir", findings)
+    return DataSpec(datasets=(dataset,), where="--train_data_dir"), findings
+
+
+def _named_subsets(base: Path, flag: str, chain: _Chain, findings: list[Finding]) -> Iterable[SubsetSpec]:
+    if advice := explain_base_dir(base, flag=flag):
+        findings.append(error(advice.what, flag, advice.remedy))
+        return
+    for name in subfolder_names(base):
+        parsed = parse_folder_name(name)
+        if parsed is None:
+            findings.extend(_ignored_folder(base / name, flag))
+            continue
+        values = {"num_repeats": parsed[0], "class_tokens": parsed[1], "is_reg": flag == "--reg_data_dir"}
+        yield _subset(_Chain((Section(flag, values), *chain.sections)), base / name, flag)
+
+
+def _ignored_folder(folder: Path, flag: str) -> list[Finding]:
+    count = len(image_names(folder))
+    if not count:
+        return []
+    return [
+        warning(
+            f"the folder '{folder}' with {count} images is ignored: its name is not '<repeats>_<class>'",
+            flag,
+            f"To train on it, rename it to '10_{folder.name}'.",
+        )
+    ]
+
+
+def _dataset(chain: _Chain, subsets: tuple[SubsetSpec, ...], where: str, findings: list[Finding]) -> DatasetSpec:
+    resolution = chain["resolution"]
+    rules = chain.rules(BucketRules)
+    if resolution is None:
+        remedy = "Give --resolution, or write resolution = 512 under [[datasets]]."
+        findings.append(error("no training resolution is given", where, remedy))
+        # Any size will do for the checks that follow; with buckets they do not compare the images with it.
+        resolution, rules = (512, 512), BucketRules(enable_bucket=True)
+    elif not rules.enable_bucket:
+        findings.extend(_check_resolution(resolution, chain.where("resolution")))
+    elif found := list(_check_buckets(resolution, rules, chain)):
+        findings.extend(found)
+    if rules.enable_bucket:
+        low, high = bucket_bounds(rules.min_bucket_reso, rules.max_bucket_reso, rules.bucket_reso_steps)
+        rules = BucketRules(
+            enable_bucket=True,
+            # Never 0, so that what follows can be checked although the bound was refused.
+            min_bucket_reso=max(low, rules.bucket_reso_steps),
+            max_bucket_reso=high,
+            bucket_reso_steps=rules.bucket_reso_steps,
+            bucket_no_upscale=rules.bucket_no_upscale,
+        )
+    findings.extend(_duplicates(subsets))
+    return DatasetSpec(
+        resolution=resolution,
+        batch_size=chain["batch_size"],
+        buckets=rules,
+        subsets=subsets,
+        network_multiplier=chain["network_multiplier"],
+        where=where,
+    )
+
+
+def bucket_bounds(shortest: int, longest: int, step: int) -> tuple[int, int]:
+    """The bounds of the bucket sides on the grid of ``step``: the lower rounded down, the upper rounded up."""
+    return shortest // step * step, -(-longest // step) * step
+
+
+def _check_resolution(resolution: Size, where: str) -> list[Finding]:
+    if all(side % _RESOLUTION_GRID == 0 for side in resolution):
+        return []
+    nearest = tuple(round(side / _RESOLUTION_GRID) * _RESOLUTION_GRID for side in resolution)
+    return [
+        error(
+            f"the sides of the resolution {resolution[0]}x{resolution[1]} are not multiples of {_RESOLUTION_GRID}",
+            where,
+            f"Use {nearest[0]}x{nearest[1]}.",
+        )
+    ]
+
+
+def _check_buckets(resolution: Size, rules: BucketRules, chain: _Chain) -> Iterable[Finding]:
+    step = rules.bucket_reso_steps
+    if step % _RESOLUTION_GRID:
+        yield error(
+            f"bucket_reso_steps {step} is not a multiple of {_RESOLUTION_GRID}",
+            chain.where("bucket_reso_steps"),
+            f"Use {_UNET_GRID}, or another multiple of {_RESOLUTION_GRID}.",
+        )
+        return
+    if step % _UNET_GRID:
+        yield warning(
+            f"bucket_reso_steps {step} is not a multiple of {_UNET_GRID}: it works, but some programs refuse it",
+            chain.where("bucket_reso_steps"),
+            f"Use {_UNET_GRID} unless you need finer buckets.",
+        )
+    low, high = bucket_bounds(rules.min_bucket_reso, rules.max_bucket_reso, step)
+    yield from _rounded("min_bucket_reso", rules.min_bucket_reso, low, chain)
+    yield from _rounded("max_bucket_reso", rules.max_bucket_reso, high, chain)
+    sides = f"{resolution[0]}x{resolution[1]}"
+    if low == 0:
+        yield error(
+            f"min_bucket_reso {rules.min_bucket_reso} is below bucket_reso_steps {step}",
+            chain.where("min_bucket_reso"),
+            f"Use min_bucket_reso = {step} or a smaller bucket_reso_steps.",
+        )
+    if low > min(resolution):
+        yield error(
+            f"the resolution {sides} fits no bucket: min_bucket_reso {low} is above its shorter side",
+            chain.where("min_bucket_reso"),
+            f"Use min_bucket_reso = {max(min(resolution) // step * step, step)} or less, or a higher resolution.",
+        )
+    if high < max(resolution):
+        yield error(
+            f"the resolution {sides} fits no bucket: max_bucket_reso {high} is below its longer side",
+            chain.where("max_bucket_reso"),
+            f"Use max_bucket_reso = {-(-max(resolution) // step) * step} or more, or a lower resolution.",
+        )
+
+
+def _rounded(name: str, value: int, result: int, chain: _Chain) -> list[Finding]:
+    if value == result:
+        return []
+    return [
+        warning(
+            f"{name} {value} is rounded to {result}, a multiple of bucket_reso_steps",
+            chain.where(name),
+            f"Write {name} = {result}.",
+        )
+    ]
+
+
+def _duplicates(subsets: Iterable[SubsetSpec]) -> Iterable[Finding]:
+    seen: dict[Path, SubsetSpec] = {}
+    for subset in subsets:
+        first = seen.setdefault(subset.image_dir.resolve(), subset)
+        if first is not subset:
+            yield error(
+                f"the folder '{subset.image_dir}' is given twice in one data set (first at {first.where})",
+                subset.where,
+                "Remove one, or raise num_repeats; the same folder may stand in different data sets.",
+            )
+
+
+def _cache_conflicts(spec: DataSpec, cache: CacheOptions) -> Iterable[Finding]:
+    if not cache.settled().cache_latents:
+        return
+    for dataset in spec.datasets:
+        for subset in dataset.subsets:
+            changes: Mapping[str, bool] = {
+                "color_aug": subset.augment.color_aug,
+                "random_crop": subset.augment.random_crop,
+            }
+            for name in (name for name, is_on in changes.items() if is_on):
+                yield error(
+                    f"{name} changes the pixels each time, so latents cannot be cached (images '{subset.name}')",
+                    subset.where,
+                    f"Leave out --cache_latents, or set {name} = false for these images.",
+                )

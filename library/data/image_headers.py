@@ -1,0 +1,160 @@
+"""What an image file says about itself without being decoded: its displayed size, and whether its end is there.
+
+A damaged or truncated file is found before training. Only where the quick look at a file's structure raises a doubt is
+the image decoded, so the decoder has the last word and harmless oddities pass.
+"""
+
+import os
+import struct
+import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager
+from io import BufferedReader
+from pathlib import Path
+from typing import Final
+
+from library.data.spec import Size
+
+_ORIENTATION_TAG: Final = 0x0112
+_SIDEWAYS: Final = frozenset((5, 6, 7, 8))
+_JPEG_END: Final = b"\xff\xd9"
+_JPEG_SCAN: Final = 0xDA
+_PNG_START: Final = 8
+_LATE_ORIENTATION: Final = (b"Raw profile type exif", b"XML:com.adobe.xmp")
+
+
+class UnreadableImageError(Exception):
+    """The file is no image, is damaged, or ends too early; the message says which."""
+
+
+def displayed_size(path: Path) -> Size:
+    """Width and height as a viewer shows the image (orientation applied), in pixels; the pixels are not decoded.
+
+    Raises:
+        UnreadableImageError: The image cannot be read to its end.
+    """
+    from PIL import Image, UnidentifiedImageError
+
+    try:
+        with path.open("rb") as file, _no_size_warning(), Image.open(file) as image:
+            needs_decoding = _raises_doubt(file, image.format or "")
+            # PNG's own getexif decodes the image to look behind the pixels, which _raises_doubt has done without.
+            orientation = Image.Image.getexif(image).get(_ORIENTATION_TAG, 1)
+            size = image.size
+        if needs_decoding:
+            orientation = _decoded_orientation(path)
+    except Image.DecompressionBombError as problem:
+        raise UnreadableImageError("it has more pixels than can be decoded safely") from problem
+    except UnidentifiedImageError as problem:
+        raise UnreadableImageError(_unknown_content(path)) from problem
+    except (OSError, SyntaxError, ValueError, EOFError, struct.error) as problem:
+        raise UnreadableImageError(str(problem) or type(problem).__name__) from problem
+    return (size[1], size[0]) if orientation in _SIDEWAYS else size
+
+
+def _decoded_orientation(path: Path) -> int:
+    """Decode the whole image, and read its orientation wherever it stands."""
+    from PIL import Image
+
+    with _no_size_warning(), Image.open(path) as image:
+        image.load()
+        return int(image.getexif().get(_ORIENTATION_TAG, 1))
+
+
+@contextmanager
+def _no_size_warning() -> Iterator[None]:
+    """Pillow warns of images above 89 megapixels, and refuses them above twice that: the warning helps nobody here."""
+    from PIL import Image
+
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", Image.DecompressionBombWarning)
+        yield
+
+
+def _unknown_content(path: Path) -> str:
+    if path.stat().st_size == 0:
+        return "the file is empty"
+    with path.open("rb") as file:
+        start = file.read(512).lstrip()
+    if start[:1] == b"<":
+        return "it is no image but text such as a web page"
+    return "its content is no image that can be read, or its beginning is damaged"
+
+
+def _raises_doubt(file: BufferedReader, image_format: str) -> bool:
+    """Whether the end of the file seems to be missing, or an orientation stands behind the pixels."""
+    checks = {
+        "PNG": _png_raises_doubt,
+        "JPEG": _jpeg_lacks_end,
+        "MPO": _jpeg_lacks_end,
+        "WEBP": _riff_lacks_end,
+        "BMP": _bmp_lacks_end,
+        "AVIF": _boxes_lack_end,
+    }
+    return image_format in checks and checks[image_format](file)
+
+
+def _file_size(file: BufferedReader) -> int:
+    return os.fstat(file.fileno()).st_size
+
+
+def _png_raises_doubt(file: BufferedReader) -> bool:
+    """Step from chunk to chunk to IEND."""
+    # Unbuffered: a buffer would be filled anew at every step.
+    raw = file.raw
+    size = _file_size(file)
+    position, has_pixels, late_orientation = _PNG_START, False, False
+    while position + 12 <= size:
+        raw.seek(position, os.SEEK_SET)
+        length, kind = struct.unpack(">I4s", raw.read(8) or b"")
+        if kind == b"IEND":
+            return late_orientation
+        if kind == b"IDAT":
+            has_pixels = True
+        elif has_pixels and kind in (b"eXIf", b"iTXt", b"zTXt", b"tEXt"):
+            late_orientation |= kind == b"eXIf" or (raw.read(32) or b"").startswith(_LATE_ORIENTATION)
+        position += 12 + length
+    return True
+
+
+def _jpeg_lacks_end(file: BufferedReader) -> bool:
+    """No end marker behind the start of the pixels; whatever phones append behind it does not matter."""
+    file.seek(-2, os.SEEK_END)
+    if file.read(2) == _JPEG_END:
+        return False
+    file.seek(0)
+    content = file.read()
+    position = 2
+    while position + 4 <= len(content) and content[position] == 0xFF:
+        marker = content[position + 1]
+        if marker == _JPEG_SCAN:
+            # Inside the scan 0xff is followed by 0 or a restart marker, so this can only be the end.
+            return content.find(_JPEG_END, position) < 0
+        position += 2 + int.from_bytes(content[position + 2 : position + 4], "big") if marker != 0xFF else 1
+    return True
+
+
+def _riff_lacks_end(file: BufferedReader) -> bool:
+    file.seek(4)
+    return int.from_bytes(file.read(4), "little") + 8 > _file_size(file)
+
+
+def _bmp_lacks_end(file: BufferedReader) -> bool:
+    file.seek(2)
+    return int.from_bytes(file.read(4), "little") > _file_size(file)
+
+
+def _boxes_lack_end(file: BufferedReader) -> bool:
+    """Step through the top boxes of an ISO media file; a size of 0 means "to the end"."""
+    size = _file_size(file)
+    position = 0
+    while position + 8 <= size:
+        file.seek(position)
+        length = int.from_bytes(file.read(4), "big")
+        if length == 0:
+            return False
+        if length == 1:
+            file.seek(position + 8)
+            length = int.from_bytes(file.read(8), "big")
+        position += max(length, 8)
+    return position != size

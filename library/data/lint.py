@@ -1,0 +1,197 @@
+"""Mistakes in a training set that no single file shows: empty folders, odd sizes, captions and regularisation.
+
+Each finding says what was found, where it was asked for, and what to do. Errors stop the run before training.
+"""
+
+from collections import Counter
+from collections.abc import Iterator, Sequence
+from typing import Final
+
+from library.data.buckets import Placement, bucket_resolutions, place
+from library.data.findings import Finding, error, warning
+from library.data.folders import explain_image_dir
+from library.data.records import ImageRecord
+from library.data.spec import DatasetSpec, DataSpec, Size, SubsetSpec
+from library.errors import UserError
+
+__all__ = ["Finding", "lint"]
+
+_MOST_NAMED: Final = 5
+_MOST_ENLARGED: Final = 2.0
+_MOST_CROPPED: Final = 0.3
+_MOST_REPEATS: Final = 1000
+_MOST_REGULARISATION_REPEATS: Final = 20
+_ALIKE_AT_LEAST: Final = 5
+
+
+def lint(spec: DataSpec, records: Sequence[ImageRecord]) -> list[Finding]:
+    """What is wrong or remarkable about the data sets.
+
+    Args:
+        spec: The data sets, possibly with errors that were reported already.
+        records: Their images.
+    """
+    findings: list[Finding] = []
+    for number, dataset in enumerate(spec.datasets):
+        own = [record for record in records if record.dataset == number]
+        for position, subset in enumerate(dataset.subsets):
+            images = [record for record in own if record.subset == position]
+            findings.extend(_lint_subset(subset, images))
+            findings.extend(_lint_sizes(dataset, subset, images))
+        findings.extend(_lint_regularisation(dataset, own))
+    return findings
+
+
+def _lint_subset(subset: SubsetSpec, records: Sequence[ImageRecord]) -> Iterator[Finding]:
+    named_by_flag = subset.where.startswith("--")
+    setting = "a folder '{}'" if named_by_flag else "image_dir = '{}'"
+    if advice := explain_image_dir(subset.image_dir, setting=setting):
+        remedy = advice.remedy
+        if named_by_flag:
+            remedy = f"Put the images directly into '{subset.image_dir}', or remove that folder."
+        yield error(advice.what, subset.where, remedy)
+        return
+    if subset.num_repeats > _MOST_REPEATS:
+        yield warning(
+            f"num_repeats {subset.num_repeats} for '{subset.name}': an epoch holds each of its images that often",
+            subset.where,
+            "For longer training raise the number of steps or epochs instead.",
+        )
+    if not subset.is_reg:
+        yield from _lint_captions(subset, records)
+
+
+def _lint_captions(subset: SubsetSpec, records: Sequence[ImageRecord]) -> Iterator[Finding]:
+    rules = subset.captions
+    texts = Counter(record.caption for record in records if record.has_caption_file and record.caption)
+    if len(texts) == 1 and texts.total() >= _ALIKE_AT_LEAST:
+        yield warning(
+            f"all {texts.total()} captions in '{subset.name}' are the same: {_quoted(next(iter(texts)))}",
+            subset.where,
+            "Describe in each caption what is in its image, or use class_tokens alone if one text is meant for all.",
+        )
+    choices = [record for record in records if "{" in record.caption and "|" in record.caption]
+    if choices and not rules.enable_wildcard:
+        yield warning(
+            f"captions in '{subset.name}' look like wildcards, which are off: {_quoted(choices[0].caption)}",
+            subset.where,
+            "Set enable_wildcard = true.",
+        )
+    moves = rules.shuffle_caption or rules.caption_tag_dropout_rate > 0 or rules.token_warmup_step > 0
+    mark = rules.keep_tokens_separator
+    if mark and not moves and any(mark in record.caption for record in records):
+        yield warning(
+            f"the keep_tokens_separator '{mark}' stays in the captions of '{subset.name}': no tag is moved or dropped",
+            subset.where,
+            "Set shuffle_caption = true, or leave the mark out of the captions.",
+        )
+
+
+def _lint_sizes(dataset: DatasetSpec, subset: SubsetSpec, records: Sequence[ImageRecord]) -> Iterator[Finding]:
+    if not dataset.buckets.enable_bucket:
+        yield from _lint_equal_sizes(dataset.resolution, subset, records)
+        return
+    placements, findings = _place(dataset, records)
+    yield from findings
+    placed = [(record, placements[record.size]) for record in records if record.size in placements]
+    enlarged = [record for record, placement in placed if _enlargement(record, placement) > _MOST_ENLARGED]
+    if enlarged:
+        yield warning(
+            f"{len(enlarged)} of {len(records)} images in '{subset.name}' are enlarged more than twice and blur: "
+            f"{_named(enlarged)}",
+            subset.where,
+            "Use larger images, a lower resolution, or bucket_no_upscale.",
+        )
+    cropped = [record for record, placement in placed if placement.crop_loss > _MOST_CROPPED]
+    if cropped:
+        yield warning(
+            f"{len(cropped)} of {len(records)} images in '{subset.name}' fit no bucket well and lose more than "
+            f"{_MOST_CROPPED:.0%} of their area: {_named(cropped)}",
+            subset.where,
+            "Crop them to a less extreme shape, or use a lower min_bucket_reso and a higher max_bucket_reso.",
+        )
+
+
+def _place(dataset: DatasetSpec, records: Sequence[ImageRecord]) -> tuple[dict[Size, Placement], list[Finding]]:
+    """The placement of each size, and what fits no bucket."""
+    placements: dict[Size, Placement] = {}
+    findings: list[Finding] = []
+    resolutions = bucket_resolutions(dataset.resolution, dataset.buckets)
+    if any(0 in size for size in resolutions):
+        # Only with bucket bounds that are refused anyway.
+        return placements, findings
+    for record in records:
+        if record.size in placements:
+            continue
+        try:
+            placements[record.size] = place(record.size, dataset.resolution, dataset.buckets, resolutions)
+        except UserError as problem:
+            first = problem.problems[0]
+            findings.append(error(first.what, str(record.path), first.remedy or "Remove the image."))
+    return placements, findings
+
+
+def _enlargement(record: ImageRecord, placement: Placement) -> float:
+    return max(placement.resized[0] / record.size[0], placement.resized[1] / record.size[1])
+
+
+def _lint_equal_sizes(resolution: Size, subset: SubsetSpec, records: Sequence[ImageRecord]) -> Iterator[Finding]:
+    """Without buckets an image has the resolution; a larger one may be cropped at random."""
+
+    def fits(size: Size) -> bool:
+        covers = size[0] >= resolution[0] and size[1] >= resolution[1]
+        return size == resolution or (subset.augment.random_crop and covers)
+
+    wrong = [record for record in records if not fits(record.size)]
+    if not wrong:
+        return
+    examples = ", ".join(f"{record.path.name} {record.size[0]}x{record.size[1]}" for record in wrong[:_MOST_NAMED])
+    more = f" and {len(wrong) - _MOST_NAMED} more" if len(wrong) > _MOST_NAMED else ""
+    sides = sorted(set(resolution))
+    single = f"--min_bucket_reso={sides[0]} --max_bucket_reso={sides[-1]}"
+    only = f" (with {single} too, to crop all of them to that size)" if len(sides) == 1 else ""
+    yield error(
+        f"{len(wrong)} of {len(records)} images in '{subset.name}' are not {resolution[0]}x{resolution[1]}: "
+        f"{examples}{more}",
+        subset.where,
+        f"Give --enable_bucket (enable_bucket = true in a dataset file){only}, or resize the images.",
+    )
+
+
+def _lint_regularisation(dataset: DatasetSpec, records: Sequence[ImageRecord]) -> Iterator[Finding]:
+    if dataset.subsets and all(subset.is_reg for subset in dataset.subsets):
+        yield error(
+            "there are only regularisation images",
+            dataset.where,
+            "Add the images to train on: is_reg = true and --reg_data_dir are for images of the class in general.",
+        )
+        return
+    train = sum(record.repeats for record in records if not record.is_reg)
+    regularisation = [record for record in records if record.is_reg]
+    if not regularisation or not train:
+        return
+    used = sum(record.repeats for record in regularisation)
+    most = max(record.repeats for record in regularisation)
+    if most > _MOST_REGULARISATION_REPEATS:
+        yield warning(
+            f"{len(regularisation)} regularisation images are repeated up to {most} times to balance {train} training "
+            "images (repeats counted)",
+            dataset.where,
+            "Use more regularisation images, or fewer repeats of the training images.",
+        )
+    if used > 2 * train:
+        yield warning(
+            f"an epoch holds {used} regularisation images and only {train} training images (repeats counted)",
+            dataset.where,
+            "Lower num_repeats of the regularisation images, usually to 1.",
+        )
+
+
+def _named(records: Sequence[ImageRecord]) -> str:
+    more = f" and {len(records) - _MOST_NAMED} more" if len(records) > _MOST_NAMED else ""
+    return ", ".join(record.path.name for record in records[:_MOST_NAMED]) + more
+
+
+def _quoted(text: str) -> str:
+    first = text.split("\n")[0]
+    return f"'{first[:80]}…'" if len(first) > 80 else f"'{first}'"

@@ -1,0 +1,183 @@
+"""The training set, ready to be planned and read: every image placed in a bucket, every repeat numbered."""
+
+from collections import Counter, defaultdict
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
+
+from library.data.buckets import Placement, aspect_error, bucket_resolutions, place
+from library.data.epoch_plan import EpochPlan, PlanBucket
+from library.data.images import ImageView
+from library.data.records import ImageRecord
+from library.data.spec import AugmentRules, CaptionRules, DatasetSpec, DataSpec, Size, SubsetSpec
+from library.errors import Problem, UserError, raise_if_any
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class SubsetRules:
+    """What a loader worker must know of a subset.
+
+    Attributes:
+        captions: Caption rules.
+        augment: Augmentation rules.
+        resize_interpolation: Name of the resize filter; None chooses by scale.
+    """
+
+    captions: CaptionRules
+    augment: AugmentRules
+    resize_interpolation: str | None
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Bucket:
+    """The examples of one data set that are trained at one size.
+
+    Attributes:
+        dataset: Position of the data set.
+        resolution: Size in pixels.
+        images: Number of images, repeats not counted.
+        plan: The numbers of its examples, and the batch size.
+    """
+
+    dataset: int
+    resolution: Size
+    images: int
+    plan: PlanBucket
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class TrainingData:
+    """All that is known of the training set before an image is decoded; it can be sent to another process.
+
+    An *example* is an image and one of its repeats. Its number, its position in :attr:`examples`, is what randomness is
+    keyed by: it depends on the order of data sets, subsets and relative paths alone.
+
+    Attributes:
+        records: The images, sorted by data set, subset and relative path.
+        placements: The placement of each record.
+        rules: The rules of each subset, by (data set, subset).
+        examples: The position of each example's record in ``records``.
+        buckets: The buckets in use, sorted by data set and size.
+    """
+
+    records: tuple[ImageRecord, ...]
+    placements: tuple[Placement, ...]
+    rules: Mapping[tuple[int, int], SubsetRules]
+    examples: tuple[int, ...]
+    buckets: tuple[Bucket, ...]
+
+    def plan(self, seed: int, *, accumulation: int, world: int) -> EpochPlan:
+        """The order of training for ``world`` processes that accumulate ``accumulation`` micro-batches a step."""
+        return EpochPlan([bucket.plan for bucket in self.buckets], seed, accumulation, world)
+
+    def rules_of(self, record: ImageRecord) -> SubsetRules:
+        """The rules of the subset that ``record`` belongs to."""
+        return self.rules[record.dataset, record.subset]
+
+    def view(self, number: int) -> ImageView:
+        """How the record at position ``number`` is read from its file."""
+        record = self.records[number]
+        interpolation = self.rules_of(record).resize_interpolation
+        return ImageView(record.path, record.size, self.placements[number], interpolation)
+
+    def names(self, examples: Iterable[int]) -> list[str]:
+        """The file names of ``examples``, for messages: without their folders."""
+        return [self.records[self.examples[example]].path.name for example in examples]
+
+    @property
+    def train_examples(self) -> int:
+        """Images x repeats of an epoch, regularisation images not counted."""
+        return sum(record.repeats for record in self.records if not record.is_reg)
+
+    @property
+    def reg_examples(self) -> int:
+        """Regularisation images x repeats of an epoch, after balancing."""
+        return sum(record.repeats for record in self.records if record.is_reg)
+
+    def mean_aspect_error(self, dataset: int) -> float:
+        """Mean absolute difference of aspect ratio between images and buckets of a data set, repeats aside."""
+        errors = [
+            abs(aspect_error(record.size, placement))
+            for record, placement in zip(self.records, self.placements, strict=True)
+            if record.dataset == dataset
+        ]
+        return sum(errors) / len(errors) if errors else 0.0
+
+
+def prepare_data(spec: DataSpec, records: Sequence[ImageRecord]) -> TrainingData:
+    """Place ``records`` in the buckets of their data sets and number their repeats.
+
+    Args:
+        spec: The data sets.
+        records: Their images, sorted by data set, subset and relative path.
+
+    Raises:
+        UserError: There is nothing to train on, or images fit no bucket (all of them are named).
+    """
+    if not any(record.repeats for record in records):
+        raise UserError("no images to train on", where=spec.where, remedy="Check the folders and the repeats.")
+    placements = _placements(spec, records)
+    examples = tuple(number for number, record in enumerate(records) for _ in range(record.repeats))
+    return TrainingData(
+        records=tuple(records),
+        placements=placements,
+        rules={
+            (dataset_number, subset_number): SubsetRules(
+                captions=subset.captions, augment=subset.augment, resize_interpolation=subset.resize_interpolation
+            )
+            for dataset_number, dataset in enumerate(spec.datasets)
+            for subset_number, subset in enumerate(dataset.subsets)
+        },
+        examples=examples,
+        buckets=_buckets(spec, records, placements, examples),
+    )
+
+
+def _placements(spec: DataSpec, records: Sequence[ImageRecord]) -> tuple[Placement, ...]:
+    resolutions = [bucket_resolutions(dataset.resolution, dataset.buckets) for dataset in spec.datasets]
+    known: dict[tuple[int, int, Size], Placement] = {}
+    placements: list[Placement] = []
+    problems: list[Problem] = []
+    for record in records:
+        address = (record.dataset, record.subset, record.size)
+        if address not in known:
+            dataset = spec.datasets[record.dataset]
+            subset = dataset.subsets[record.subset]
+            try:
+                known[address] = _placement(record.size, dataset, subset, resolutions[record.dataset])
+            except UserError as error:
+                problems += [Problem(problem.what, str(record.path), problem.remedy) for problem in error.problems]
+                continue
+        placements.append(known[address])
+    raise_if_any(problems)
+    return tuple(placements)
+
+
+def _placement(size: Size, dataset: DatasetSpec, subset: SubsetSpec, resolutions: Sequence[Size]) -> Placement:
+    resolution = dataset.resolution
+    covers = size[0] >= resolution[0] and size[1] >= resolution[1]
+    if covers and subset.augment.random_crop and not dataset.buckets.enable_bucket:
+        # A random crop without buckets shows details of a large image at their own size.
+        return Placement(resolution, size)
+    return place(size, resolution, dataset.buckets, resolutions)
+
+
+def _buckets(
+    spec: DataSpec, records: Sequence[ImageRecord], placements: Sequence[Placement], examples: Sequence[int]
+) -> tuple[Bucket, ...]:
+    members: defaultdict[tuple[int, Size], list[int]] = defaultdict(list)
+    for example, number in enumerate(examples):
+        members[records[number].dataset, placements[number].bucket].append(example)
+    images = Counter(
+        (record.dataset, placement.bucket)
+        for record, placement in zip(records, placements, strict=True)
+        if record.repeats
+    )
+    return tuple(
+        Bucket(
+            dataset=dataset,
+            resolution=resolution,
+            images=images[dataset, resolution],
+            plan=PlanBucket(tuple(members[dataset, resolution]), spec.datasets[dataset].batch_size),
+        )
+        for dataset, resolution in sorted(members)
+    )

@@ -1,0 +1,104 @@
+"""Models on the Hugging Face hub: fetch the files that are needed, no others, into the hub's own cache."""
+
+from collections.abc import Callable, Iterable
+from pathlib import Path
+
+from library.errors import UserError
+from library.models.detect import PARTS, WEIGHT_FILES
+from library.models.recognise import MODEL_FLAG, VAE_FLAG
+
+
+def fetch_model(repository: str) -> Path:
+    """The local Diffusers folder of a model on the hub, downloaded unless it is in the cache already.
+
+    Args:
+        repository: The hub id, ``owner/name``.
+
+    Raises:
+        UserError: No such model, no access, no connection, or nothing there in Diffusers' layout.
+    """
+    return _fetch(repository, model_files, MODEL_FLAG)
+
+
+def fetch_vae(repository: str) -> Path:
+    """The local folder of a VAE on the hub, at its root or below ``vae``; as :func:`fetch_model`."""
+    return _fetch(repository, vae_files, VAE_FLAG)
+
+
+def model_files(names: Iterable[str]) -> list[str]:
+    """Those of a repository's files that a Diffusers model needs, one file of weights a part; empty if it is none."""
+    known = set(names)
+    general = {"model_index.json", "scheduler/scheduler_config.json"}
+    wanted = sorted(known & general)
+    wanted += sorted(n for n in known if n.startswith("tokenizer/") and n.endswith((".json", ".txt")))
+    for part in PARTS:
+        files = _part_files(known, f"{part}/", part)
+        if not files:
+            return []
+        wanted += files
+    return wanted
+
+
+def vae_files(names: Iterable[str]) -> list[str]:
+    """Those of a repository's files that are its VAE, at its root or below ``vae``; empty if it has none."""
+    known = set(names)
+    return _part_files(known, "", "vae") or _part_files(known, "vae/", "vae")
+
+
+def _part_files(known: set[str], prefix: str, part: str) -> list[str]:
+    weights = [prefix + name for name in WEIGHT_FILES[part] if prefix + name in known]
+    config = f"{prefix}config.json"
+    return [config, weights[0]] if weights and config in known else []
+
+
+def _fetch(repository: str, choose: Callable[[Iterable[str]], list[str]], flag: str) -> Path:
+    from huggingface_hub import HfApi, snapshot_download
+    from huggingface_hub.errors import GatedRepoError, HFValidationError, HTTPError, RepositoryNotFoundError
+
+    where = f"{flag} {repository}"
+    try:
+        # One request; listing the tree would try again for 20 seconds where there is no connection.
+        names = [file.rfilename for file in HfApi().model_info(repository).siblings or ()]
+        wanted = choose(names)
+        if not wanted:
+            raise _unusable(names, where)
+        return Path(snapshot_download(repository, allow_patterns=wanted))
+    except GatedRepoError as error:
+        raise UserError(
+            f"access to {repository} has to be granted first",
+            where=where,
+            remedy="Accept its terms on its page at the hub, then log in with: hf auth login",
+        ) from error
+    except (RepositoryNotFoundError, HFValidationError) as error:
+        raise UserError(
+            f"no file or folder {repository}, and no such model on the hub (or it is private)",
+            where=where,
+            remedy="Check the path or the hub id; for a private model log in with: hf auth login",
+        ) from error
+    except (OSError, HTTPError) as error:
+        return _from_cache(repository, where, error)
+
+
+def _from_cache(repository: str, where: str, cause: Exception) -> Path:
+    from huggingface_hub import snapshot_download
+
+    try:
+        return Path(snapshot_download(repository, local_files_only=True))
+    except OSError:
+        raise UserError(
+            f"there is no file or folder {repository}, and the hub cannot be reached to look for it "
+            f"({str(cause).splitlines()[0] if str(cause) else type(cause).__name__})",
+            where=where,
+            remedy="Check the path, or connect to the internet once: what was downloaded before is used without it.",
+        ) from cause
+
+
+def _unusable(names: Iterable[str], where: str) -> UserError:
+    files = sorted(name for name in names if name.endswith((".safetensors", ".ckpt")))
+    if files:
+        return UserError(
+            "this hub model has no parts in Diffusers' layout",
+            where=where,
+            remedy=f"Download one of its files ({', '.join(files[:3])}) and give that file's path.",
+        )
+    return UserError("this hub model holds no weights", where=where, remedy="Check the hub id.")

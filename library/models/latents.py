@@ -1,0 +1,58 @@
+"""Images to latents and back, through the VAE.
+
+Latents here are the VAE's own: the U-Net sees them multiplied by ``Variant.latent_scale``.
+"""
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from library.errors import UserError
+
+
+@torch.no_grad()
+def encode_images(vae: Any, pixels: Tensor) -> tuple[Tensor, Tensor]:
+    """The VAE's posterior for each image (Kingma and Welling 2014), in the VAE's precision and the result in float32.
+
+    Args:
+        vae: An ``AutoencoderKL``.
+        pixels: (B, 3, H, W) in [-1, 1], on any device; H and W multiples of 8.
+
+    Returns:
+        Mean and standard deviation, (B, 4, H/8, W/8) each, not scaled.
+
+    Raises:
+        UserError: The VAE gave values that are not finite, as SD's does for some images in 16 bits.
+    """
+    posterior = vae.encode(pixels.to(vae.device, vae.dtype)).latent_dist
+    mean, std = posterior.mean.float(), posterior.std.float()
+    if not bool(torch.isfinite(mean).all() & torch.isfinite(std).all()):
+        raise UserError(
+            "the VAE turned an image into values that are not finite",
+            where=f"VAE in {str(vae.dtype).removeprefix('torch.')}",
+            remedy="Add --no_half_vae, or use --mixed_precision=bf16; in 32 bits the VAE's file itself is damaged.",
+        )
+    return mean, std
+
+
+def sample_posterior(mean: Tensor, std: Tensor, noise: Tensor) -> Tensor:
+    """A sample of the posterior, (B, 4, h, w): ``mean + std * noise``, with ``noise`` standard normal."""
+    return mean + std * noise
+
+
+@torch.no_grad()
+def decode_latents(vae: Any, latents: Tensor, scale: float) -> Tensor:
+    """Images from the U-Net's latents, in the VAE's precision and the result in float32.
+
+    Args:
+        vae: An ``AutoencoderKL``.
+        latents: (B, 4, h, w) as the U-Net sees them.
+        scale: ``Variant.latent_scale``, by which they were multiplied.
+
+    Returns:
+        Pixels (B, 3, 8h, 8w) in [-1, 1].
+    """
+    latents = (latents / scale).to(vae.device, vae.dtype)
+    pixels: Tensor = vae.decode(latents, return_dict=False)[0]
+    return pixels.float().clamp(-1, 1)

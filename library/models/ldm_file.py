@@ -1,0 +1,158 @@
+"""Single-file checkpoints: take one apart into the weights of its parts, and put one together."""
+
+import json
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from library.errors import UserError
+from library.files import TensorFile, write_tensors
+from library.models import ldm_keys
+from library.models.recognise import check_vae
+from library.models.structure import (
+    CONFIG_KEY,
+    Config,
+    carried_structure,
+    stated_structure,
+    text_encoder_config,
+    unet_config,
+    vae_config,
+)
+from library.models.variant import Family
+
+
+@dataclass(frozen=True, slots=True)
+class PartWeights:
+    """One part of a model: its configuration, and its weights under the module's own names."""
+
+    config: Config
+    tensors: dict[str, Tensor]
+
+
+def split_checkpoint(file: TensorFile, family: Family, *, where: str) -> dict[str, PartWeights]:
+    """The parts ``unet``, ``vae`` and ``text_encoder`` of a checkpoint; the rest (EMA copies, say) is left.
+
+    Raises:
+        UserError: A part is missing or not Stable Diffusion's.
+    """
+    carried = carried_structure({**file.metadata, **file.extra}, where=where)
+    unet = ldm_keys.unet_from_ldm(_below(file.tensors, ldm_keys.UNET_PREFIX))
+    return {
+        "unet": PartWeights(carried.get("unet") or unet_config(_shapes(unet), family, where=where), unet),
+        "vae": vae_of_checkpoint(file, where=where),
+        "text_encoder": _text_encoder(file.tensors, family, carried.get("text_encoder"), where),
+    }
+
+
+def vae_of_checkpoint(file: TensorFile, *, where: str, beside: Path | None = None) -> PartWeights:
+    """The VAE of a whole checkpoint, or of a file that holds a VAE alone, in the checkpoint's layout or in diffusers'.
+
+    Args:
+        file: What was read.
+        where: The file, for errors.
+        beside: A ``config.json`` to go by if the file has diffusers' layout and the configuration exists.
+
+    Raises:
+        UserError: There is no VAE in the file.
+    """
+    check_vae(file.tensors, where=where)
+    tensors = _below(file.tensors, ldm_keys.VAE_PREFIX) or file.tensors
+    halves = ("encoder.", "decoder.", "quant_conv.", "post_quant_conv.")
+    vae = {name: tensor for name, tensor in tensors.items() if name.startswith(halves)}
+    config = carried_structure({**file.metadata, **file.extra}, where=where).get("vae")
+    if any(name.startswith("encoder.down_blocks.") for name in vae):
+        vae = ldm_keys.vae_from_folder(vae)
+        if beside and beside.is_file():
+            config = json.loads(beside.read_text(encoding="utf-8"))
+    else:
+        vae = ldm_keys.vae_from_ldm(vae)
+    return PartWeights(config or vae_config(_shapes(vae), where=where), vae)
+
+
+def ldm_state(*, text_encoder: Any, vae: Any, unet: Any, v2: bool) -> dict[str, Tensor]:
+    """The weights of a whole model under a checkpoint's names, as no earlier checkpoint is there to complete.
+
+    SD1 has the 1130 names of its kind; SD2 has 1228, with stand-ins for what Stable Diffusion doesn't use
+    (:func:`library.models.ldm_keys.text_to_sd2`).
+    """
+    text = text_encoder.state_dict()
+    parts = (
+        (ldm_keys.UNET_PREFIX, ldm_keys.unet_to_ldm(unet.state_dict(), linear_projection=v2)),
+        (ldm_keys.VAE_PREFIX, ldm_keys.vae_to_ldm(vae.state_dict())),
+        (
+            ldm_keys.SD2_TEXT_PREFIX if v2 else ldm_keys.SD1_TEXT_PREFIX,
+            ldm_keys.text_to_sd2(text) if v2 else ldm_keys.text_to_sd1(text),
+        ),
+    )
+    return {prefix + name: tensor for prefix, tensors in parts for name, tensor in tensors.items()}
+
+
+def ldm_structure(*, text_encoder: Any, vae: Any, unet: Any, v2: bool) -> dict[str, str]:
+    """The metadata entry that a single file of this model needs beside its weights; empty for the usual structure."""
+    configs = {"unet": dict(unet.config), "vae": dict(vae.config), "text_encoder": text_encoder.config.to_dict()}
+    modules = {"unet": unet, "vae": vae, "text_encoder": text_encoder}
+    shapes = {part: _shapes(module.state_dict()) for part, module in modules.items()}
+    stated = stated_structure(configs, shapes, "sd2" if v2 else "sd1")
+    return {CONFIG_KEY: stated} if stated else {}
+
+
+def write_ldm(
+    path: Path,
+    *,
+    text_encoder: Any,
+    vae: Any,
+    unet: Any,
+    v2: bool,
+    dtype: torch.dtype | None = None,
+    metadata: Mapping[str, str] | None = None,
+) -> None:
+    """Write a whole model as one file; the suffix chooses the format, ``.safetensors`` or a torch file.
+
+    Args:
+        path: Final name.
+        text_encoder: The text encoder, a ``CLIPTextModel``.
+        vae: The VAE, an ``AutoencoderKL``.
+        unet: The U-Net, a ``UNet2DConditionModel``.
+        v2: Whether the model is an SD2, whose file has OpenCLIP's layout.
+        dtype: Cast the weights to it; as they are when absent.
+        metadata: Text for the safetensors header.
+
+    Raises:
+        UserError: A weight is not finite, or the file cannot be written.
+    """
+    parts = {"text_encoder": text_encoder, "vae": vae, "unet": unet, "v2": v2}
+    # Only numbers with a fraction are cast: the logit scale of an SD2 file is an integer.
+    tensors = {n: t.to(dtype) if t.is_floating_point() else t for n, t in ldm_state(**parts).items()}
+    structure = ldm_structure(**parts)
+    if path.suffix.lower() == ".safetensors":
+        write_tensors(path, tensors, metadata={"format": "pt", **(metadata or {}), **structure})
+    else:
+        write_tensors(path, tensors, extra=structure)
+
+
+def _text_encoder(tensors: dict[str, Tensor], family: Family, carried: Config | None, where: str) -> PartWeights:
+    if family == "sd1":
+        text = ldm_keys.text_from_sd1(_below(tensors, ldm_keys.SD1_TEXT_PREFIX))
+    else:
+        open_clip = _below(tensors, ldm_keys.SD2_TEXT_PREFIX)
+        layers = carried["num_hidden_layers"] if carried else ldm_keys.sd2_text_layers(open_clip)
+        text = ldm_keys.text_from_sd2(open_clip, layers=layers)
+    if not text:
+        raise UserError(
+            "the file has no text encoder",
+            where=where,
+            remedy="Give a whole Stable Diffusion model; this file holds a part of one.",
+        )
+    return PartWeights(carried or text_encoder_config(_shapes(text), family, where=where), text)
+
+
+def _below(tensors: Mapping[str, Tensor], prefix: str) -> dict[str, Tensor]:
+    return {name.removeprefix(prefix): tensor for name, tensor in tensors.items() if name.startswith(prefix)}
+
+
+def _shapes(tensors: Mapping[str, Tensor]) -> dict[str, tuple[int, ...]]:
+    return {name: tuple(tensor.shape) for name, tensor in tensors.items()}

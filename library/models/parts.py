@@ -1,0 +1,110 @@
+"""Build the modules of a model from a configuration and weights, without holding the weights twice.
+
+A module is made on the meta device, where it costs nothing, and takes the given tensors as its parameters. Modules are
+in evaluation mode and want no gradient: what trains them says so.
+"""
+
+from collections.abc import Iterable, Mapping
+from typing import Any, Final
+
+import torch
+from torch import Tensor, nn
+
+from library.errors import UserError
+from library.models.structure import Config
+
+_SHOWN: Final = 3
+
+
+def build_unet(config: Config, tensors: dict[str, Tensor], *, dtype: torch.dtype, where: str) -> Any:
+    """A ``UNet2DConditionModel`` with ``tensors`` as its weights; see :func:`_fill`."""
+    from diffusers import UNet2DConditionModel
+
+    return _build("U-Net", UNet2DConditionModel.from_config, config, tensors, dtype, where)
+
+
+def build_vae(config: Config, tensors: dict[str, Tensor], *, dtype: torch.dtype, where: str) -> Any:
+    """An ``AutoencoderKL`` with ``tensors`` as its weights; see :func:`_fill`."""
+    from diffusers import AutoencoderKL
+
+    return _build("VAE", AutoencoderKL.from_config, config, tensors, dtype, where)
+
+
+def build_text_encoder(config: Config, tensors: dict[str, Tensor], *, dtype: torch.dtype, where: str) -> Any:
+    """A ``CLIPTextModel`` with ``tensors`` (flat names) as its weights; see :func:`_fill`."""
+    from transformers import CLIPTextConfig, CLIPTextModel
+
+    def make(config: Config) -> Any:
+        return CLIPTextModel(CLIPTextConfig(**config))
+
+    module = _build("text encoder", make, config, tensors, dtype, where)
+    # The only buffer of the three modules, a constant that is in no file.
+    positions = module.embeddings.position_embedding.num_embeddings
+    module.embeddings.position_ids = torch.arange(positions).expand(1, -1)
+    return module
+
+
+def _build(part: str, make: Any, config: Config, tensors: dict[str, Tensor], dtype: torch.dtype, where: str) -> Any:
+    try:
+        with torch.device("meta"):
+            module = make(config)
+    except (TypeError, ValueError, KeyError) as error:
+        raise UserError(
+            f"the configuration of the {part} cannot be used: {error}",
+            where=where,
+            remedy="Check config.json, or use an unchanged copy of the model.",
+        ) from error
+    _fill(module, tensors, part=part, dtype=dtype, where=where)
+    return module.eval().requires_grad_(False)
+
+
+def _fill(module: nn.Module, tensors: dict[str, Tensor], *, part: str, dtype: torch.dtype, where: str) -> None:
+    """Make ``tensors`` the weights of ``module``, in ``dtype``; ``tensors`` is emptied on the way.
+
+    Raises:
+        UserError: Names or shapes are not the module's; a few are named.
+    """
+    expected = {name: tensor.shape for name, tensor in module.state_dict().items()}
+    _check_names(expected, tensors, part, where)
+    ready = {}
+    for name, shape in expected.items():
+        tensor = tensors.pop(name)
+        # A 1x1 convolution and a matrix hold the same numbers.
+        if tensor.shape != shape and _without_ones(tensor.shape) == _without_ones(shape):
+            tensor = tensor.reshape(shape)
+        ready[name] = tensor.to(dtype)
+    wrong = [f"{name} is {tuple(ready[name].shape)}, not {tuple(expected[name])}" for name in expected
+             if ready[name].shape != expected[name]]  # fmt: skip
+    if wrong:
+        raise UserError(
+            f"the weights of the {part} do not fit its configuration: {_some(wrong)}",
+            where=where,
+            remedy="Check that the file belongs to this model and is a Stable Diffusion 1.x or 2.x model.",
+        )
+    module.load_state_dict(ready, strict=True, assign=True)
+
+
+def _check_names(expected: Mapping[str, object], found: Mapping[str, object], part: str, where: str) -> None:
+    missing = [name for name in expected if name not in found]
+    unexpected = [name for name in found if name not in expected]
+    if not missing and not unexpected:
+        return
+    said = [f"{len(missing)} are missing ({_some(missing)})"] if missing else []
+    said += [f"{len(unexpected)} are not known ({_some(unexpected)})"] if unexpected else []
+    raise UserError(
+        f"of the {len(expected)} weights of the {part}, " + " and ".join(said),
+        where=where,
+        remedy="The file is incomplete or of another kind of model; Stable Diffusion 1.x or 2.x is needed.",
+    )
+
+
+def _without_ones(shape: Iterable[int]) -> list[int]:
+    sizes = list(shape)
+    while sizes and sizes[-1] == 1:
+        sizes.pop()
+    return sizes
+
+
+def _some(items: list[str]) -> str:
+    more = f" and {len(items) - _SHOWN} more" if len(items) > _SHOWN else ""
+    return ", ".join(items[:_SHOWN]) + more

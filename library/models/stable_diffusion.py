@@ -1,0 +1,178 @@
+"""Load a Stable Diffusion model from whatever form it is in: one file, a Diffusers folder, or the hub."""
+
+import json
+import logging
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from library.errors import Problem, raise_if_any
+from library.files import read_tensors
+from library.models import ldm_keys
+from library.models.detect import (
+    PARTS,
+    SourceFacts,
+    describe_source,
+    describe_vae,
+    family_problems,
+    prediction_notices,
+    vae_folder,
+    weight_file,
+)
+from library.models.hub import fetch_model, fetch_vae
+from library.models.ldm_file import PartWeights, split_checkpoint, vae_of_checkpoint
+from library.models.options import ModelOptions, PromptOptions
+from library.models.parts import build_text_encoder, build_unet, build_vae
+from library.models.recognise import MODEL_FLAG, VAE_FLAG, checkpoint_family
+from library.models.tokenizer import has_tokenizer, load_tokenizer, read_tokenizer, tokenizer_folders
+from library.models.variant import Family, Variant, variant_of
+
+_LOG = logging.getLogger(__name__)
+
+
+@dataclass(slots=True, kw_only=True)
+class StableDiffusion:
+    """The four parts of a model, in evaluation mode and without gradients.
+
+    Attributes:
+        tokenizer: A ``CLIPTokenizer``.
+        text_encoder: A ``CLIPTextModel`` (flat: no ``text_model`` inside).
+        vae: An ``AutoencoderKL``.
+        unet: A ``UNet2DConditionModel``.
+        variant: What kind of Stable Diffusion it is.
+        source: The file's or folder's name, or the hub id: never a path.
+    """
+
+    tokenizer: Any
+    text_encoder: Any
+    vae: Any
+    unet: Any
+    variant: Variant
+    source: str
+
+
+def load_stable_diffusion(
+    model: ModelOptions, prompts: PromptOptions, *, dtype: torch.dtype = torch.float32
+) -> StableDiffusion:
+    """Load the base model, with the VAE replaced where ``--vae`` says so.
+
+    Weights that are in ``dtype`` already are used where they lie (a ``.safetensors`` file is mapped, not read), so a
+    model needs little more memory than its own size.
+
+    Args:
+        model: Where the model is and what it is.
+        prompts: ``tokenizer_cache_dir`` is read from it.
+        dtype: What the weights become; the VAE's stay in float32 with ``--no_half_vae``.
+
+    Raises:
+        UserError: Nothing usable there, or ``--v2`` contradicts what is there.
+    """
+    facts = describe_source(model.pretrained_model_name_or_path)
+    if facts.kind == "hub":
+        facts = replace(describe_source(str(fetch_model(facts.name))), name=facts.name)
+    raise_if_any(family_problems(facts, model))
+    weights = _read_file(facts, model) if facts.kind == "file" else _read_folder(facts)
+    for notice in prediction_notices(facts, model):
+        _LOG.warning(notice)
+    if model.vae:
+        weights["vae"] = _read_vae(model.vae)
+    where = f"{MODEL_FLAG} {facts.path}"
+    vae_where = f"{VAE_FLAG} {model.vae}" if model.vae else where
+    unet, vae, text = (weights.pop(part) for part in PARTS)
+    family: Family = "sd2" if model.v2 else "sd1"
+    if family == "sd2":
+        # The same numbers either way, and adapters of SD2 are shaped for matrices.
+        unet.config["use_linear_projection"] = True
+    text_encoder = build_text_encoder(text.config, text.tensors, dtype=dtype, where=where)
+    width, vocabulary = text_encoder.config.hidden_size, text_encoder.config.vocab_size
+    loaded = StableDiffusion(
+        tokenizer=_tokenizer(facts, prompts, family, vocabulary),
+        text_encoder=text_encoder,
+        # Some VAEs overflow in 16 bits.
+        vae=build_vae(vae.config, vae.tensors, dtype=torch.float32 if model.no_half_vae else dtype, where=vae_where),
+        unet=build_unet(unet.config, unet.tensors, dtype=dtype, where=where),
+        variant=variant_of(v2=model.v2, v_parameterization=model.v_parameterization, text_width=width),
+        source=facts.name,
+    )
+    raise_if_any(_mismatches(loaded, where, vae_where))
+    return loaded
+
+
+def _read_file(facts: SourceFacts, model: ModelOptions) -> dict[str, PartWeights]:
+    assert facts.path, "a file has a path"
+    where = f"{MODEL_FLAG} {facts.path}"
+    file = read_tensors(facts.path)
+    family = checkpoint_family(file.tensors, where=where)
+    # Some torch files show what they are only now.
+    raise_if_any(family_problems(replace(facts, family=family), model))
+    weights = split_checkpoint(file, family, where=where)
+    file.tensors.clear()
+    return weights
+
+
+def _read_folder(facts: SourceFacts) -> dict[str, PartWeights]:
+    assert facts.path, "a folder has a path"
+    return {part: _read_part(facts.path / part, part) for part in PARTS}
+
+
+def _read_part(folder: Path, part: str) -> PartWeights:
+    config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
+    tensors = read_tensors(weight_file(folder, part)).tensors
+    if part == "vae":
+        return PartWeights(config, ldm_keys.vae_from_folder(tensors))
+    if part == "text_encoder":
+        # The file may describe a whole CLIP, of which this is the text half.
+        return PartWeights(config.get("text_config") or config, ldm_keys.text_from_sd1(tensors))
+    return PartWeights(config, tensors)
+
+
+def _read_vae(source: str) -> PartWeights:
+    path = describe_vae(source)
+    if path is None:
+        path = vae_folder(fetch_vae(source))
+    if path.is_dir():
+        return _read_part(path, "vae")
+    return vae_of_checkpoint(read_tensors(path), where=f"{VAE_FLAG} {source}", beside=path.with_name("config.json"))
+
+
+def _tokenizer(facts: SourceFacts, prompts: PromptOptions, family: Family, vocabulary: int) -> Any:
+    given = prompts.tokenizer_cache_dir
+    for folder in tokenizer_folders(given, family) if given else ():
+        if has_tokenizer(folder):
+            return read_tokenizer(folder, family)
+    own = facts.path / "tokenizer" if facts.path and facts.kind == "folder" else None
+    return load_tokenizer(family, vocabulary=vocabulary, folder=own)
+
+
+def _mismatches(model: StableDiffusion, where: str, vae_where: str) -> list[Problem]:
+    """Parts that load one by one but don't belong together."""
+    problems = []
+    context, width = model.unet.config.cross_attention_dim, model.variant.text_width
+    if context != width:
+        problems.append(
+            Problem(
+                f"the U-Net reads text {context} wide, and the text encoder writes {width}", where, "Use a whole model."
+            )
+        )
+    inputs = model.unet.config.in_channels
+    if inputs != model.variant.latent_channels:
+        problems.append(
+            Problem(
+                f"the U-Net has {inputs} input channels (an inpainting or instruction model), and training feeds "
+                f"{model.variant.latent_channels}",
+                where,
+                "Train on the ordinary model that it was made from.",
+            )
+        )
+    channels = model.vae.config.latent_channels
+    if channels != model.unet.config.out_channels:
+        problems.append(
+            Problem(
+                f"the VAE has {channels} latent channels, and the U-Net {model.unet.config.out_channels}",
+                vae_where,
+                "Use a VAE of Stable Diffusion 1.x or 2.x.",
+            )
+        )
+    return problems

@@ -1,0 +1,75 @@
+"""What is in an adapter file, told from the names and shapes of its tensors alone (nothing heavy is imported)."""
+
+from collections.abc import Iterable, Mapping
+from pathlib import Path
+from typing import Final
+
+from library.errors import UserError
+from library.files import read_header
+
+Shape = tuple[int, ...]
+
+DOWN: Final = ".lora_down.weight"
+UP: Final = ".lora_up.weight"
+ALPHA: Final = ".alpha"
+
+# The first rule with a match wins: a DoRA or Tucker file holds lora_down and lora_up as well.
+_KINDS: Final = (
+    ("model.diffusion_model.", "a whole model"),
+    ("emb_params", "a textual inversion embedding"),
+    (".hada_w1", "a LoHa network"),
+    (".lokr_w", "a LoKr network"),
+    (".oft_", "an OFT network"),
+    (".dora_scale", "a DoRA network"),
+    (".lora_mid.", "a LoCon network with Tucker decomposition"),
+    ("lora_te1_", "a LoRA for SDXL"),
+    ("lora_te2_", "a LoRA for SDXL"),
+    (".lora_A.", "a LoRA in the layout of PEFT"),
+    (".lora.down.", "a LoRA in an old layout of diffusers"),
+    (".lora_linear_layer.", "a LoRA in an old layout of diffusers"),
+    (DOWN, "LoRA"),
+)
+
+
+def shapes_in_file(path: Path) -> dict[str, Shape]:
+    """Names and shapes of the tensors of a ``.safetensors`` file, from its header; empty for other formats.
+
+    Raises:
+        UserError: The header cannot be read.
+    """
+    header = read_header(path)
+    return {name: tuple(entry["shape"]) for name, entry in header.items() if name != "__metadata__"}
+
+
+def kind_of(names: Iterable[str]) -> str:
+    """What the tensors ``names`` make up: ``"LoRA"`` for one that :mod:`networks.lora` reads, else a description."""
+    names = list(names)
+    for mark, kind in _KINDS:
+        if any(mark in name for name in names):
+            return kind
+    return "no network that is known here"
+
+
+def require_lora(names: Iterable[str], *, where: str) -> None:
+    """Refuse the names of a file that :mod:`networks.lora` cannot use.
+
+    Raises:
+        UserError: Saying what the file is instead.
+    """
+    kind = kind_of(names)
+    if kind != "LoRA":
+        raise UserError(
+            f"the file is {kind}, not a LoRA for Stable Diffusion 1 or 2",
+            where=where,
+            remedy="Give a LoRA file, or --network_module of the program that made this one.",
+        )
+
+
+def is_pointwise_shape(shape: Shape) -> bool:
+    """Whether a down weight of this shape belongs to a linear layer or a 1x1 convolution."""
+    return len(shape) == 2 or shape[2:] == (1, 1)
+
+
+def lora_dims(shapes: Mapping[str, Shape]) -> dict[str, int]:
+    """Rank of each module of a LoRA file, by module name."""
+    return {name.removesuffix(DOWN): shape[0] for name, shape in shapes.items() if name.endswith(DOWN)}

@@ -1,0 +1,103 @@
+"""The method of ``train_network.py``: an adapter network is trained inside a frozen Stable Diffusion."""
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from library.data.dataset import Batch
+from library.errors import UserError
+from library.files import written_whole
+from library.task import DenoisingTask
+from networks.loading import parameter_groups
+from networks.options import NetworkOptions
+
+SAVE_DTYPES = {"float": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
+
+
+class NetworkModule(nn.Module):
+    """The trained computation: a batch to one loss an example, through the adapted U-Net and text encoder."""
+
+    def __init__(self, task: DenoisingTask, network: nn.Module, *, trains_text_encoder: bool) -> None:
+        super().__init__()
+        self.unet = task.model.unet
+        self.text_encoder = task.model.text_encoder
+        self.network = network
+        self._task = task
+        self._trains_text_encoder = trains_text_encoder
+
+    def forward(self, batch: Batch) -> Tensor:
+        """Weighted losses, (B,)."""
+        with torch.set_grad_enabled(self._trains_text_encoder and torch.is_grad_enabled()):
+            context = self._task.context(batch)
+        return self._task.losses(batch, context)
+
+
+class NetworkTraining:
+    """Trains an attached network; see :class:`library.training.method.TrainingMethod`."""
+
+    def __init__(
+        self,
+        network: Any,
+        task: DenoisingTask,
+        options: NetworkOptions,
+        *,
+        learning_rate: float,
+        gradient_checkpointing: bool,
+        save_precision: str | None,
+    ) -> None:
+        text_lr = options.text_encoder_lr[0] if options.text_encoder_lr else None
+        trains_text_encoder = not options.network_train_unet_only and text_lr != 0
+        self.trained: nn.Module = network
+        self.module: nn.Module = NetworkModule(task, network, trains_text_encoder=trains_text_encoder)
+        self._network = network
+        self._scale_weight_norms = options.scale_weight_norms
+        self._device = task.runtime.device
+        self._dtype = SAVE_DTYPES[save_precision] if save_precision else None
+        unet, text_encoder = task.model.unet, task.model.text_encoder
+        network.prepare_grad_etc(text_encoder, unet)
+        self._groups = parameter_groups(network, text_encoder_lr=text_lr, unet_lr=options.unet_lr, lr=learning_rate)
+        self.module.eval()
+        network.on_epoch_start(text_encoder, unet)
+        if gradient_checkpointing:
+            # The text encoder recomputes only in training mode, where it differs in nothing else: CLIP has no dropout.
+            unet.enable_gradient_checkpointing()
+            text_encoder.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
+            text_encoder.train()
+            network.enable_gradient_checkpointing()
+        network.on_step_start()
+
+    def param_groups(self) -> list[dict[str, Any]]:
+        """The network's groups."""
+        return self._groups
+
+    def after_step(self, step: int) -> dict[str, float]:
+        """Keep the norms within ``--scale_weight_norms``."""
+        self._network.on_step_start()
+        if not self._scale_weight_norms:
+            return {}
+        scaled, mean, largest = self._network.apply_max_norm_regularization(self._scale_weight_norms, self._device)
+        return {
+            "max_norm/keys_scaled": float(scaled),
+            "max_norm/max_key_norm": float(largest),
+            "norm/avg_key_norm": float(mean),
+        }
+
+    def save(self, path: Path, metadata: Mapping[str, str]) -> None:
+        """Write the network file.
+
+        Raises:
+            UserError: A weight is not finite, or the folder cannot be written to; the former file is kept.
+        """
+        for name, tensor in self.trained.state_dict().items():
+            if tensor.is_floating_point() and not bool(torch.isfinite(tensor).all()):
+                raise UserError(
+                    f"refusing to save: {name} holds values that are not finite",
+                    where=str(path),
+                    remedy="Lower the learning rate, or use bf16 or fp32 instead of fp16; the previous file is kept.",
+                )
+        with written_whole(path) as temporary:
+            # Third-party modules write the file themselves.
+            self._network.save_weights(str(temporary), self._dtype, dict(metadata))

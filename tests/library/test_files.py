@@ -1,0 +1,167 @@
+"""Tensor files: safe to read, written whole."""
+
+import hashlib
+import json
+import pickle
+import struct
+import sys
+import types
+from pathlib import Path
+
+import pytest
+import torch
+
+from library.errors import UserError
+from library.files import (
+    legacy_hash_of_file,
+    read_header,
+    read_metadata,
+    read_tensors,
+    sha256_of_file,
+    tensor_hashes,
+    write_json,
+    write_tensors,
+    written_whole,
+)
+
+GOLDEN = json.loads((Path(__file__).parents[1] / "golden" / "hashes.json").read_text())
+TENSORS = {"a": torch.arange(6.0).reshape(2, 3), "n": torch.tensor(3)}
+
+
+def make_tensors(label: str) -> dict[str, torch.Tensor]:
+    if label == "2MiB":
+        return {"w": torch.arange(600000).float() / torch.arange(1000).half().sum()}
+    return {
+        "a.lora_down.weight": torch.arange(8).float().reshape(2, 4),
+        "a.lora_up.weight": torch.ones(3, 2),
+        "a.alpha": torch.tensor(1.0),
+    }
+
+
+@pytest.mark.parametrize("case", [case for case in GOLDEN["cases"] if case["label"].startswith("small")])
+def test_network_hashes_are_those_other_programs_compute(case: dict) -> None:
+    model_hash, old_hash = tensor_hashes(make_tensors(case["label"]), case["metadata"])
+    assert model_hash == case["sshs_model_hash"]
+    assert old_hash == case["sshs_legacy_hash"]
+
+
+@pytest.mark.parametrize("suffix", [".safetensors", ".ckpt", ".pt"])
+def test_tensors_come_back(suffix: str, tmp_path: Path) -> None:
+    path = tmp_path / f"x{suffix}"
+    write_tensors(path, TENSORS, metadata={"ss_v2": "False"}, dtype=torch.float16)
+    back = read_tensors(path)
+    assert back.tensors["a"].dtype == torch.float16
+    assert back.tensors["n"].dtype == torch.int64
+    assert torch.equal(back.tensors["a"].float(), TENSORS["a"])
+    assert [entry.name for entry in tmp_path.iterdir()] == [path.name]
+
+
+def test_metadata_is_read_without_tensors(tmp_path: Path) -> None:
+    path = tmp_path / "x.safetensors"
+    write_tensors(path, TENSORS, metadata={"modelspec.title": "é"})
+    assert read_metadata(path) == {"modelspec.title": "é"}
+    assert read_header(path)["a"]["shape"] == [2, 3]
+
+
+def test_a_view_does_not_drag_its_storage_along(tmp_path: Path) -> None:
+    path = tmp_path / "x.pt"
+    write_tensors(path, {"row": torch.zeros(1000, 1000)[0]})
+    assert path.stat().st_size < 20_000
+
+
+def test_extra_values_stand_beside_the_tensors(tmp_path: Path) -> None:
+    path = tmp_path / "x.ckpt"
+    write_tensors(path, TENSORS, extra={"epoch": 3, "global_step": 40})
+    back = read_tensors(path)
+    assert back.extra == {"epoch": 3, "global_step": 40}
+    assert set(back.tensors) == set(TENSORS)
+
+
+class Bomb:
+    def __reduce__(self):
+        return (print, ("code from the file ran",))
+
+
+def test_a_pickle_with_code_is_refused_and_does_not_run(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    path = tmp_path / "bomb.ckpt"
+    torch.save({"state_dict": {"w": torch.ones(1)}, "callbacks": Bomb()}, path)
+    with pytest.raises(UserError, match="could run code") as refusal:
+        read_tensors(path)
+    assert "safetensors" in str(refusal.value)
+    assert capsys.readouterr().out == ""
+
+
+def test_the_first_checkpoints_are_read(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """They carry an object of their trainer's class."""
+    name = "pytorch_lightning.callbacks.model_checkpoint"
+    module = types.ModuleType(name)
+    module.ModelCheckpoint = type("ModelCheckpoint", (), {"__module__": name})
+    for part in ("pytorch_lightning", "pytorch_lightning.callbacks", name):
+        monkeypatch.setitem(sys.modules, part, module)
+    path = tmp_path / "sd.ckpt"
+    torch.save({"state_dict": TENSORS, "callbacks": {module.ModelCheckpoint: {"best": 0.1}}}, path)
+    assert set(read_tensors(path).tensors) == set(TENSORS)
+
+
+@pytest.mark.parametrize(
+    "content",
+    [b"", b"\x00" * 7, struct.pack("<Q", 2**60) + b"{}", struct.pack("<Q", 2) + b"[]", struct.pack("<Q", 4) + b"nope"],
+)
+def test_a_damaged_safetensors_file_is_the_users_error(content: bytes, tmp_path: Path) -> None:
+    path = tmp_path / "x.safetensors"
+    path.write_bytes(content)
+    for read in (read_tensors, read_header):
+        with pytest.raises(UserError, match="not a readable safetensors file"):
+            read(path)
+
+
+@pytest.mark.parametrize("content", [b"", b"text", pickle.dumps([1, 2])])
+def test_a_damaged_torch_file_is_the_users_error(content: bytes, tmp_path: Path) -> None:
+    path = tmp_path / "x.ckpt"
+    path.write_bytes(content)
+    with pytest.raises(UserError):
+        read_tensors(path)
+
+
+def test_a_missing_file_is_named(tmp_path: Path) -> None:
+    with pytest.raises(UserError, match="file not found: gone.pt"):
+        read_tensors(tmp_path / "gone.pt")
+
+
+@pytest.mark.parametrize("value", [float("nan"), float("inf")])
+def test_weights_that_are_not_finite_are_never_written(value: float, tmp_path: Path) -> None:
+    path = tmp_path / "x.safetensors"
+    write_tensors(path, TENSORS)
+    before = path.read_bytes()
+    with pytest.raises(UserError, match="refusing to save: bad"):
+        write_tensors(path, {"bad": torch.tensor([1.0, value])})
+    assert path.read_bytes() == before
+    assert len(list(tmp_path.iterdir())) == 1
+
+
+def test_a_failed_write_leaves_the_former_file(tmp_path: Path) -> None:
+    path = tmp_path / "x.json"
+    write_json(path, {"a": 1})
+
+    def cut_off() -> None:
+        with written_whole(path) as temporary:
+            temporary.write_text("half")
+            raise RuntimeError("power cut")
+
+    with pytest.raises(RuntimeError, match="power cut"):
+        cut_off()
+    assert json.loads(path.read_text()) == {"a": 1}
+    assert [entry.name for entry in tmp_path.iterdir()] == ["x.json"]
+
+
+def test_a_folder_that_cannot_be_written_is_the_users_error(tmp_path: Path) -> None:
+    (tmp_path / "file").write_text("")
+    with pytest.raises(UserError, match="cannot write x.json"):
+        write_json(tmp_path / "file" / "x.json", {})
+
+
+def test_file_hashes(tmp_path: Path) -> None:
+    path = tmp_path / "x.bin"
+    path.write_bytes(bytes(0x100000) + b"q" * 0x20000)
+    assert legacy_hash_of_file(path) == hashlib.sha256(b"q" * 0x10000).hexdigest()[:8]
+    assert sha256_of_file(path) == hashlib.sha256(path.read_bytes()).hexdigest()

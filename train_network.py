@@ -1,0 +1,168 @@
+"""Train a LoRA, or another network that adapts Stable Diffusion.
+
+Usage: ``accelerate launch train_network.py --dataset_config x.toml --network_module networks.lora ...``, or plain
+``python train_network.py ...``; ``--help`` lists every option.
+"""
+
+import logging
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+from networks.loading import check_network
+
+from library.data.options import (
+    CacheOptions,
+    CaptionOptions,
+    ImageOptions,
+    LoaderOptions,
+    SourceOptions,
+    ValidationOptions,
+)
+from library.diffusion.options import LossOptions, NoiseOptions
+from library.errors import Problem, run_script
+from library.inputs import check_inputs
+from library.models.options import AttentionOptions, ModelOptions, PromptOptions
+from library.option_relations import model_notices, prediction_problems
+from library.options import parse_options
+from library.runtime import set_up_logging, start_runtime
+from library.runtime_options import ConsoleOptions, DeepSpeedOptions, RuntimeOptions
+from library.training.options import (
+    HubOptions,
+    LengthOptions,
+    LoggingOptions,
+    MetadataOptions,
+    OptimizerOptions,
+    PreviewOptions,
+    ResumeOptions,
+    SaveOptions,
+    SchedulerOptions,
+)
+from networks.options import NetworkOptions
+
+if TYPE_CHECKING:
+    from library.inputs import Inputs
+
+log = logging.getLogger("train_network")
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Options:
+    """Options of ``train_network.py``, by topic."""
+
+    model: ModelOptions
+    network: NetworkOptions
+    source: SourceOptions
+    image: ImageOptions
+    captions: CaptionOptions
+    prompts: PromptOptions
+    cache: CacheOptions
+    loader: LoaderOptions
+    length: LengthOptions
+    optimizer: OptimizerOptions
+    scheduler: SchedulerOptions
+    noise: NoiseOptions
+    loss: LossOptions
+    runtime: RuntimeOptions
+    attention: AttentionOptions
+    save: SaveOptions
+    resume: ResumeOptions
+    metadata: MetadataOptions
+    preview: PreviewOptions
+    logging: LoggingOptions
+    console: ConsoleOptions
+    validation: ValidationOptions
+    hub: HubOptions
+    deepspeed: DeepSpeedOptions
+
+    def problems(self) -> list[Problem]:
+        """What the groups make wrong together."""
+        return prediction_problems(self.model, self.loss)
+
+    def notices(self) -> list[str]:
+        """What is worth knowing about the groups together."""
+        return model_notices(self.model, self.prompts, self.noise)
+
+
+def main(argv: list[str]) -> int:
+    """Check everything quickly, then train; returns the exit code."""
+    notices: list[str] = []
+    options = parse_options(
+        Options, argv, prog="train_network.py", description=__doc__.splitlines()[0], announce=notices.append
+    )
+    set_up_logging(options.console)
+    for notice in notices:
+        log.warning(notice)
+    inputs = check_inputs(options, more=check_network(options.network))
+    return train(options, inputs)
+
+
+def train(options: Options, inputs: "Inputs") -> int:
+    """Train a network; everything heavy is imported from here on."""
+    from networks.loading import build_network, network_arguments
+
+    from library.data.setup import prepare_data
+    from library.diffusion.objective import DenoisingObjective
+    from library.diffusion.schedule import NoiseSchedule
+    from library.models.attention import use_attention
+    from library.models.stable_diffusion import load_stable_diffusion
+    from library.run import train as run
+    from library.task import DenoisingTask
+    from networks.training import NetworkTraining
+
+    runtime = start_runtime(options.runtime, find_unused_parameters=may_leave_unused(options))
+    data = prepare_data(inputs.spec, inputs.records)
+
+    # The base model: frozen, in the precision of the run.
+    model = load_stable_diffusion(options.model, options.prompts, dtype=runtime.weight_dtype)
+    use_attention(model.unet, model.vae, options.attention)
+
+    # The network: its own weights stay in fp32.
+    network = build_network(options.network, model=model, seed=runtime.seed)
+    task = DenoisingTask(
+        model=model,
+        objective=DenoisingObjective(
+            NoiseSchedule.stable_diffusion(zero_terminal_snr=options.noise.zero_terminal_snr),
+            model.variant.prediction,
+            noise=options.noise,
+            loss=options.loss,
+        ),
+        runtime=runtime,
+        clip_skip=options.prompts.clip_skip,
+        zero_terminal_snr=options.noise.zero_terminal_snr,
+    )
+    method = NetworkTraining(
+        network,
+        task,
+        options.network,
+        learning_rate=options.optimizer.learning_rate,
+        gradient_checkpointing=options.runtime.gradient_checkpointing,
+        save_precision=options.save.save_precision,
+    )
+    return run(
+        method,
+        task,
+        options=options,
+        inputs=inputs,
+        data=data,
+        kind="lora",
+        suffix=f".{options.network.save_model_as}",
+        tracker_name="network_train",
+        network_args=network_arguments(options.network),
+    )
+
+
+def may_leave_unused(options: Options) -> bool:
+    """Whether a step may leave weights without a gradient, for which processes must then look every time.
+
+    Layers of the text encoder behind ``--clip_skip`` have none, nor modules left out by module dropout; of networks of
+    other authors nothing is known.
+    """
+    return (
+        options.prompts.clip_skip is not None
+        or not (options.network.network_module or "").startswith("networks.")
+        or any(argument.startswith("module_dropout") for argument in options.network.network_args)
+    )
+
+
+if __name__ == "__main__":
+    run_script(main)
