@@ -150,6 +150,8 @@ def written_whole(path: Path) -> Iterator[Path]:
         yield temporary
         with temporary.open("rb+") as file:
             os.fsync(file.fileno())
+        # Libraries that write through a private file leave it readable by its owner only.
+        temporary.chmod(_usual_mode())
         os.replace(temporary, path)
         sync_folder(path.parent)
     except OSError as error:
@@ -161,6 +163,13 @@ def written_whole(path: Path) -> Iterator[Path]:
     finally:
         with suppress(OSError):
             temporary.unlink()
+
+
+def _usual_mode() -> int:
+    """The permissions of a new file; the only way to read the mask is to set it."""
+    mask = os.umask(0)
+    os.umask(mask)
+    return 0o666 & ~mask
 
 
 def write_bytes(path: Path, content: bytes) -> None:

@@ -272,7 +272,7 @@ def test_failures_of_other_modules_are_explained(parts, monkeypatch):
 @pytest.mark.filterwarnings("ignore::DeprecationWarning")
 @pytest.mark.parametrize(
     "arguments",
-    [("algo=loha",), ("algo=lokr", "factor=4"), ("algo=lokr", "preset=attn-mlp", "conv_dim=2", "conv_alpha=1")],
+    [("algo=loha",), ("algo=lokr", "factor=4")],
     ids=" ".join,
 )
 def test_lycoris_trains_saves_and_loads(parts, tmp_path, arguments):
