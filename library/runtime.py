@@ -130,6 +130,8 @@ def start_runtime(options: RuntimeOptions, *, find_unused_parameters: bool) -> R
                 find_unused_parameters=find_unused_parameters,
                 gradient_as_bucket_view=options.ddp_gradient_as_bucket_view,
                 static_graph=options.ddp_static_graph,
+                # No buffer changes in training, and an adapter has one for every module.
+                broadcast_buffers=False,
             ),
             InitProcessGroupKwargs(**processes),
         ],
