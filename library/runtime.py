@@ -106,6 +106,9 @@ def start_runtime(options: RuntimeOptions, *, find_unused_parameters: bool) -> R
     """
     # A worker process forks after the tokenizer has been used; its thread pool would not survive that.
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+    # GNU OpenMP's threads wait for each other by spinning, for long by default: beside another busy program, training
+    # on a CPU is then many times slower. Read when torch loads the library.
+    os.environ.setdefault("GOMP_SPINCOUNT", "10000")
     import torch
     from accelerate import Accelerator
     from accelerate.utils import DistributedDataParallelKwargs, InitProcessGroupKwargs

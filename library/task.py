@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from library.data.dataset import Batch
 from library.diffusion.objective import DenoisingObjective
 from library.diffusion.samplers import generate_latents
+from library.errors import UserError
 from library.models.latents import decode_latents, encode_images, sample_posterior
 from library.models.prompts import encode_preview_prompts, encode_tokens
 from library.models.stable_diffusion import StableDiffusion
@@ -42,6 +43,17 @@ class DenoisingTask:
     runtime: Runtime
     clip_skip: int | None
     zero_terminal_snr: bool
+
+    def __post_init__(self) -> None:
+        """Refuse a U-Net that wants more than noisy latents, which only loading it can tell of some files."""
+        channels, latent_channels = self.model.unet.config.in_channels, self.model.variant.latent_channels
+        if channels != latent_channels:
+            raise UserError(
+                f"the U-Net has {channels} input channels (an inpainting or instruction model), and training feeds "
+                f"{latent_channels}",
+                where=f"--pretrained_model_name_or_path {self.model.source}",
+                remedy="Train on the ordinary model that it was made from.",
+            )
 
     def context(self, batch: Batch) -> Tensor:
         """The captions of ``batch``, encoded: (B, 75 * chunks + 2, text width)."""

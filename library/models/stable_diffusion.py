@@ -156,16 +156,6 @@ def _mismatches(model: StableDiffusion, where: str, vae_where: str) -> list[Prob
                 f"the U-Net reads text {context} wide, and the text encoder writes {width}", where, "Use a whole model."
             )
         )
-    inputs = model.unet.config.in_channels
-    if inputs != model.variant.latent_channels:
-        problems.append(
-            Problem(
-                f"the U-Net has {inputs} input channels (an inpainting or instruction model), and training feeds "
-                f"{model.variant.latent_channels}",
-                where,
-                "Train on the ordinary model that it was made from.",
-            )
-        )
     channels = model.vae.config.latent_channels
     if channels != model.unet.config.out_channels:
         problems.append(
