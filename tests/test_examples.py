@@ -220,9 +220,8 @@ def test_shipped_pictures_are_those_the_script_draws(tmp_path):
 
 
 def quickstart_options():
-    from train_network import Options
-
     from library.options import parse_options
+    from train_network import Options
 
     arguments = ["--config_file", str(QUICKSTART / "train.toml")]
     return parse_options(Options, arguments, prog="train_network.py", description="")

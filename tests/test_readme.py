@@ -42,12 +42,13 @@ def test_commands_are_taken(page: str, arguments: list[str], tmp_path: Path, mon
 
     # The pages speak of files that readers have; only the options are looked at here.
     monkeypatch.chdir(tmp_path)
-    for argument in arguments:
-        name, _, value = argument.partition("=")
-        if name == "--config_file":
-            shipped = ROOT / config_path(value)
-            Path(value).parent.mkdir(parents=True, exist_ok=True)
-            Path(value).write_text(shipped.read_text(encoding="utf-8") if shipped.exists() else "", encoding="utf-8")
+    for name, value in zip(arguments, [*arguments[1:], ""], strict=True):
+        flag, _, joined = name.partition("=")
+        if flag == "--config_file":
+            path = Path(joined or value)
+            shipped = ROOT / config_path(str(path))
+            path.parent.mkdir(parents=True, exist_ok=True)
+            path.write_text(shipped.read_text(encoding="utf-8") if shipped.exists() else "", encoding="utf-8")
     parse_options(Options, arguments, prog="train_network.py", description="")
 
 
