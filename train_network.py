@@ -8,8 +8,6 @@ import logging
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
-from networks.loading import check_network
-
 from library.data.options import (
     CacheOptions,
     CaptionOptions,
@@ -37,6 +35,7 @@ from library.training.options import (
     SaveOptions,
     SchedulerOptions,
 )
+from networks.loading import check_network
 from networks.options import NetworkOptions
 
 if TYPE_CHECKING:
@@ -98,8 +97,6 @@ def main(argv: list[str]) -> int:
 
 def train(options: Options, inputs: "Inputs") -> int:
     """Train a network; everything heavy is imported from here on."""
-    from networks.loading import build_network, network_arguments
-
     from library.data.setup import prepare_data
     from library.diffusion.objective import DenoisingObjective
     from library.diffusion.schedule import NoiseSchedule
@@ -107,6 +104,7 @@ def train(options: Options, inputs: "Inputs") -> int:
     from library.models.stable_diffusion import load_stable_diffusion
     from library.run import train as run
     from library.task import DenoisingTask
+    from networks.loading import build_network, network_arguments
     from networks.training import NetworkTraining
 
     runtime = start_runtime(options.runtime, find_unused_parameters=may_leave_unused(options))
@@ -129,6 +127,7 @@ def train(options: Options, inputs: "Inputs") -> int:
         runtime=runtime,
         clip_skip=options.prompts.clip_skip,
         zero_terminal_snr=options.noise.zero_terminal_snr,
+        vae_batch_size=options.cache.vae_batch_size,
     )
     method = NetworkTraining(
         network,

@@ -258,11 +258,14 @@ def caption_tokenizer(task: DenoisingTask, options: InputOptions) -> CaptionToke
 
 def _filled_cache(task: DenoisingTask, options: RunOptions, data: TrainingData) -> LatentCache | None:
     if not options.cache.cache_latents:
+        task.model.vae.to(task.runtime.device)
         return None
     with task.vae_in_use():
-        return LatentCache.fill(
+        cache = LatentCache.fill(
             data, task.posterior, batch_size=options.cache.vae_batch_size, progress=task.runtime.is_main
         )
+    task.runtime.release_memory()
+    return cache
 
 
 def _resumed(

@@ -31,11 +31,13 @@ class Runtime:
         accelerator: Accelerate's handle on devices, processes and precision.
         weight_dtype: dtype of frozen weights.
         seed: Seed of the run, the same in every process.
+        keeps_memory: Memory of a GPU that is not in use stays reserved between stages.
     """
 
     accelerator: Any
     weight_dtype: "torch.dtype"
     seed: int
+    keeps_memory: bool = False
 
     @property
     def device(self) -> "torch.device":
@@ -56,6 +58,13 @@ class Runtime:
     def is_main(self) -> bool:
         """Whether this process writes files and shows progress."""
         return bool(self.accelerator.is_main_process)
+
+    def release_memory(self) -> None:
+        """Give memory of the GPU that a finished stage has left back to others."""
+        import torch
+
+        if not self.keeps_memory and torch.cuda.is_available():
+            torch.cuda.empty_cache()
 
 
 def set_up_logging(options: ConsoleOptions) -> None:
@@ -144,7 +153,7 @@ def start_runtime(options: RuntimeOptions, *, find_unused_parameters: bool) -> R
     dtype = {"no": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}[options.mixed_precision]
     for notice in _launcher_notices(options, int(accelerator.num_processes), has_accelerator):
         log.warning(notice)
-    return Runtime(accelerator, dtype, _agree_on_seed(options.seed, accelerator))
+    return Runtime(accelerator, dtype, _agree_on_seed(options.seed, accelerator), keeps_memory=options.highvram)
 
 
 def _agree_on_seed(seed: int | None, accelerator: Any) -> int:

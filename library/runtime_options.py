@@ -60,7 +60,10 @@ class RuntimeOptions:
         False, help="Share memory between gradients and what processes exchange."
     )
     ddp_static_graph: bool = option(False, help="Promise that every step uses the same weights: faster exchange.")
-    lowram: bool = option(False, help="Load models straight to the device, for machines with little main memory.")
+    lowram: bool = option(
+        False,
+        help="For little main memory. Weights are mapped from their files in any case, so it changes nothing.",
+    )
     highvram: bool = option(False, help="Do not empty the GPU's memory cache between stages: faster, more memory.")
     seed: int | None = option(
         None,

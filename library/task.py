@@ -36,6 +36,7 @@ class DenoisingTask:
         runtime: Device, precision and seed.
         clip_skip: Layer of the text encoder to take, from the end; None is its output.
         zero_terminal_snr: Previews follow the rescaled schedule.
+        vae_batch_size: Images that the VAE encodes at once.
     """
 
     model: StableDiffusion
@@ -43,6 +44,7 @@ class DenoisingTask:
     runtime: Runtime
     clip_skip: int | None
     zero_terminal_snr: bool
+    vae_batch_size: int
 
     def __post_init__(self) -> None:
         """Refuse a U-Net that wants more than noisy latents, which only loading it can tell of some files."""
@@ -77,7 +79,8 @@ class DenoisingTask:
             mean, std = batch.latent_mean, batch.latent_std
         else:
             assert batch.pixels is not None, "a batch has pixels or latents"
-            mean, std = self.posterior(batch.pixels)
+            parts = [self.posterior(pixels) for pixels in torch.split(batch.pixels, self.vae_batch_size)]
+            mean, std = (torch.cat(each) for each in zip(*parts, strict=True))
         noise = [
             torch.randn(mean.shape[1:], generator=torch_generator(seed, "posterior", epoch, example))
             for seed, epoch, example in self._keys(batch)
