@@ -227,8 +227,22 @@ def write_tensors(
             from safetensors.torch import save_file
 
             save_file(ready, str(temporary), metadata=dict(metadata or {}) or None)
+            _sort_header(temporary)
         else:
             torch.save({"state_dict": ready, **extra} if extra is not None else ready, str(temporary))
+
+
+def _sort_header(path: Path) -> None:
+    """Put the metadata of a safetensors file in order: the library writes it in another one every time."""
+    with path.open("rb+") as file:
+        (length,) = struct.unpack("<Q", file.read(8))
+        header = json.loads(file.read(length))
+        if metadata := header.pop("__metadata__", None):
+            header = {"__metadata__": dict(sorted(metadata.items())), **header}
+        content = json.dumps(header, ensure_ascii=False, separators=(",", ":")).encode()
+        assert len(content) <= length, "the same content is not longer"
+        file.seek(8)
+        file.write(content.ljust(length))
 
 
 def _ready_to_save(name: str, tensor: "Tensor", dtype: "torch.dtype | None", path: Path) -> "Tensor":

@@ -105,7 +105,13 @@ def fit(
     with progress:
         while step < length.total_steps:
             shape = shape_of(step)
-            micro_batches = [batch.to(runtime.device) for batch in islice(stream, shape.micro_batches)]
+            try:
+                micro_batches = [batch.to(runtime.device) for batch in islice(stream, shape.micro_batches)]
+            except UserError:
+                if interruption.requested:
+                    # A signal to the whole process group has ended the loader's workers, too.
+                    break
+                raise
             assert micro_batches, "the plan promised more batches"
             assert {batch.step for batch in micro_batches} == {step}, "batches are not those of the step"
             loss, stop = _accumulate(method.module, micro_batches, shape, runtime, interruption)

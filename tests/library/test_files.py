@@ -71,6 +71,16 @@ def test_metadata_is_read_without_tensors(tmp_path: Path) -> None:
     assert read_header(path)["a"]["shape"] == [2, 3]
 
 
+def test_the_same_content_makes_the_same_file(tmp_path: Path) -> None:
+    metadata = {f"key {number}": f'"é\n\\ {number}\u2028' for number in range(20)}
+    for name in ("one", "two"):
+        write_tensors(tmp_path / f"{name}.safetensors", TENSORS, metadata=metadata)
+    assert (tmp_path / "one.safetensors").read_bytes() == (tmp_path / "two.safetensors").read_bytes()
+    back = read_tensors(tmp_path / "one.safetensors")
+    assert back.metadata == metadata
+    assert torch.equal(back.tensors["a"], TENSORS["a"])
+
+
 def test_a_view_does_not_drag_its_storage_along(tmp_path: Path) -> None:
     path = tmp_path / "x.pt"
     write_tensors(path, {"row": torch.zeros(1000, 1000)[0]})

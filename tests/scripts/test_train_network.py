@@ -200,6 +200,15 @@ def test_the_same_seed_gives_the_same_tensors(plain: Run, models: dict[str, Path
     assert again.tensor_hash() == plain.tensor_hash()
 
 
+def test_with_a_fixed_time_the_whole_file_is_the_same(
+    models: dict[str, Path], data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("SOURCE_DATE_EPOCH", "1700000000")
+    given = arguments(models["sd1"], write_dataset(data), steps=1)
+    files = [run_script("train_network", tmp_path / name, *given).folder / "last.safetensors" for name in ("a", "b")]
+    assert files[0].read_bytes() == files[1].read_bytes()
+
+
 def test_previews_change_nothing(plain: Run, models: dict[str, Path], data: Path, tmp_path: Path) -> None:
     prompts = tmp_path / "prompts.txt"
     prompts.write_text("a thing --w 64 --h 64 --s 2\n", encoding="utf-8")

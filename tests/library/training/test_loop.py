@@ -197,6 +197,25 @@ def test_a_signal_finishes_the_step_and_stops(number: int) -> None:
     assert signal.getsignal(number) == before
 
 
+def test_a_loader_that_ends_with_the_signal_is_no_error() -> None:
+    def stream():
+        yield from batches(2)
+        os.kill(os.getpid(), signal.SIGTERM)
+        raise UserError("a worker ended unexpectedly")
+
+    with Interruption().watched() as interruption:
+        _, done = train(stream(), interruption=interruption)
+    assert done == 2
+    assert interruption.exit_code == 143
+    with pytest.raises(UserError, match="worker"):
+        train(iter_then_fail())
+
+
+def iter_then_fail():
+    yield from batches(2)
+    raise UserError("a worker ended unexpectedly")
+
+
 def test_a_second_signal_stops_at_once() -> None:
     with Interruption().watched():
         os.kill(os.getpid(), signal.SIGINT)
