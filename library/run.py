@@ -15,6 +15,7 @@ from library.data.options import LoaderOptions
 from library.data.setup import TrainingData
 from library.data.summary import dataset_metadata, startup_table
 from library.diffusion.options import NoiseOptions
+from library.errors import UserError
 from library.inputs import InputOptions, Inputs
 from library.models.prompts import CaptionTokenizer
 from library.options import flat_values
@@ -96,6 +97,12 @@ def train(
     method.module, optimizer = runtime.accelerator.prepare(method.module, built.optimizer)
     made_of = fingerprint({**flat_values(options), "seed": runtime.seed}, _digest(data))
     start_step = _resumed(method, optimizer, schedule, options, runtime, made_of)
+    if start_step >= length.total_steps:
+        raise UserError(
+            f"the state is at step {start_step}, and the run has {length.total_steps}: nothing is left to train",
+            where="--resume, --max_train_steps, --max_train_epochs",
+            remedy="Raise the number of steps or epochs.",
+        )
 
     record = training_metadata(
         flat_values(options),

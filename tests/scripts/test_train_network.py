@@ -246,6 +246,15 @@ def test_a_resumed_run_equals_the_uninterrupted_one(
     assert resumed.tensor_hash() == whole.tensor_hash()
 
 
+def test_a_finished_run_is_not_resumed(models: dict[str, Path], data: Path, tmp_path: Path) -> None:
+    from library.errors import UserError
+
+    given = arguments(models["sd1"], write_dataset(data), steps=1)
+    run_script("train_network", tmp_path / "whole", *given, "--save_state")
+    with pytest.raises(UserError, match="nothing is left to train"):
+        run_script("train_network", tmp_path / "more", *given, f"--resume={tmp_path / 'whole' / 'last-state'}")
+
+
 def test_bf16_and_checkpointing_train(plain: Run, models: dict[str, Path], data: Path, tmp_path: Path) -> None:
     given = arguments(models["sd1"], write_dataset(data), "--mixed_precision=bf16", "--save_precision=bf16")
     run = run_script("train_network", tmp_path, *given, "--gradient_checkpointing", "--cache_latents")
