@@ -7,6 +7,7 @@ would otherwise go unnoticed: a launcher that started fewer processes or another
 import logging
 import os
 import secrets
+import shutil
 import sys
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -73,6 +74,10 @@ def set_up_logging(options: ConsoleOptions) -> None:
     root = logging.getLogger()
     for handler in list(root.handlers):
         root.removeHandler(handler)
+    if os.environ.get("RANK", "0") != "0":
+        # One of several processes speaks; what ends the others is shown all the same.
+        root.addHandler(logging.NullHandler())
+        return
     if options.console_log_file:
         path = Path(options.console_log_file)
         path.parent.mkdir(parents=True, exist_ok=True)
@@ -100,7 +105,11 @@ class _ConsoleHandler(logging.StreamHandler[Any]):
             return
         from tqdm import tqdm
 
-        tqdm.write(self.format(record), file=self.stream)
+        try:
+            tqdm.write(self.format(record), file=self.stream)
+        except Exception:
+            # A closed pipe or a letter that the terminal lacks must not end a run.
+            self.handleError(record)
 
 
 def start_runtime(options: RuntimeOptions, *, find_unused_parameters: bool) -> Runtime:
@@ -123,12 +132,6 @@ def start_runtime(options: RuntimeOptions, *, find_unused_parameters: bool) -> R
     from accelerate.utils import DistributedDataParallelKwargs, InitProcessGroupKwargs
 
     has_accelerator = torch.cuda.is_available() or torch.backends.mps.is_available()
-    if options.mixed_precision == "fp16" and not has_accelerator:
-        raise UserError(
-            "fp16 cannot be trained on a CPU (it would silently be fp32)",
-            where="--mixed_precision=fp16",
-            remedy="Use --mixed_precision=bf16, or leave it out for fp32.",
-        )
     processes: dict[str, Any] = {}
     if options.ddp_timeout is not None:
         processes["timeout"] = timedelta(minutes=options.ddp_timeout)
@@ -148,12 +151,34 @@ def start_runtime(options: RuntimeOptions, *, find_unused_parameters: bool) -> R
             InitProcessGroupKwargs(**processes),
         ],
     )
-    if not accelerator.is_main_process:
-        logging.getLogger().setLevel(logging.ERROR)
+    if options.mixed_precision == "fp16" and accelerator.device.type == "cpu":
+        raise UserError(
+            "fp16 cannot be trained on a CPU (it would silently be fp32)",
+            where="--mixed_precision=fp16",
+            remedy=_missing_gpu_advice() or "Use --mixed_precision=bf16, or leave it out for fp32.",
+        )
+    log.info("device: %s, precision: %s", _device_name(accelerator.device), options.mixed_precision)
+    if accelerator.device.type == "cpu" and (advice := _missing_gpu_advice()):
+        log.warning("training on the CPU although there seems to be a GPU. %s", advice)
     dtype = {"no": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}[options.mixed_precision]
     for notice in _launcher_notices(options, int(accelerator.num_processes), has_accelerator):
         log.warning(notice)
     return Runtime(accelerator, dtype, _agree_on_seed(options.seed, accelerator), keeps_memory=options.highvram)
+
+
+def _device_name(device: "torch.device") -> str:
+    import torch
+
+    return f"{device} ({torch.cuda.get_device_name(device)})" if device.type == "cuda" else str(device)
+
+
+def _missing_gpu_advice() -> str:
+    """What to do when the driver knows a GPU that torch does not see; empty where there is none."""
+    import torch
+
+    if torch.cuda.is_available() or shutil.which("nvidia-smi") is None:
+        return ""
+    return "torch does not see it: update the driver, or delete the folder .venv and run start.py setup again."
 
 
 def _agree_on_seed(seed: int | None, accelerator: Any) -> int:

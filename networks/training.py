@@ -92,7 +92,7 @@ class NetworkTraining:
             UserError: A weight is not finite, or the folder cannot be written to; the former file is kept.
         """
         for name, tensor in self.trained.state_dict().items():
-            if tensor.is_floating_point() and not bool(torch.isfinite(tensor).all()):
+            if tensor.is_floating_point() and not bool(torch.isfinite(tensor.to(self._dtype or tensor.dtype)).all()):
                 raise UserError(
                     f"refusing to save: {name} holds values that are not finite",
                     where=str(path),

@@ -86,7 +86,7 @@ class EpochPlan:
         self._seed = seed
         self._world = world
         self._group_size = accumulation * world
-        self._latest: tuple[int, tuple[Step, ...]] | None = None
+        self._latest: dict[int, tuple[Step, ...]] = {}
 
     @property
     def batches_per_epoch(self) -> int:
@@ -104,10 +104,13 @@ class EpochPlan:
 
     def epoch(self, epoch: int) -> tuple[Step, ...]:
         """The steps of ``epoch`` (from 1), in order."""
-        if self._latest is None or self._latest[0] != epoch:
-            # Kept, because whoever asks for one step of an epoch asks for the next one too.
-            self._latest = (epoch, self._planned(epoch))
-        return self._latest[1]
+        if epoch not in self._latest:
+            # Whoever asks for one step of an epoch asks for the next one too; a loader that works ahead is in the
+            # next epoch while the loop is still in this one.
+            while len(self._latest) > 1:
+                del self._latest[min(self._latest)]
+            self._latest[epoch] = self._planned(epoch)
+        return self._latest[epoch]
 
     def step_size(self, step: int) -> int:
         """Number of examples in the optimizer step ``step`` (from 0) over all processes."""

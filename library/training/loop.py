@@ -7,7 +7,7 @@ from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager, nullcontext
 from itertools import islice
 from types import FrameType
-from typing import Any
+from typing import Any, Final
 
 import torch
 from torch import nn
@@ -19,6 +19,9 @@ from library.randomness import key
 from library.runtime import Runtime
 from library.training.method import Hook, MicroBatch, Moment, RunLength, StepShape, TrainingMethod
 from library.training.tracking import LossAverage
+
+MOST_SKIPPED: Final = 40
+"""Steps in a row that an fp16 scaler may leave out: it halves its scale, 2^16 to begin with, each time."""
 
 
 class Interruption:
@@ -101,7 +104,7 @@ def fit(
     progress = tqdm(
         total=length.total_steps, initial=start_step, desc="steps", smoothing=0.1, disable=not runtime.is_main
     )
-    step = start_step
+    step, skipped = start_step, 0
     with progress:
         while step < length.total_steps:
             shape = shape_of(step)
@@ -117,7 +120,10 @@ def fit(
             loss, stop = _accumulate(method.module, micro_batches, shape, runtime, interruption)
             rates = _learning_rates(optimizer)
             names = _Names(name_examples, micro_batches)
-            gradient_norm = _update(method, optimizer, schedule, runtime, max_grad_norm, loss, step, names)
+            gradient_norm = _update(optimizer, runtime, max_grad_norm, loss, step, names)
+            skipped = skipped + 1 if optimizer.step_was_skipped else 0
+            _check_skipped(skipped, names)
+            schedule.step()
             epoch = length.epoch_of(step)
             average.add(epoch=epoch - 1, step=step % length.steps_per_epoch, loss=loss)
             step += 1
@@ -180,9 +186,7 @@ def _accumulate(
 
 
 def _update(
-    method: TrainingMethod,
     optimizer: Any,
-    schedule: LRScheduler,
     runtime: Runtime,
     max_grad_norm: float,
     loss: float,
@@ -205,9 +209,21 @@ def _update(
         )
     optimizer.step()
     optimizer.zero_grad(set_to_none=True)
-    if not optimizer.step_was_skipped:
-        schedule.step()
     return norm
+
+
+def _check_skipped(skipped: int, names: _Names) -> None:
+    """End a run whose fp16 gradients overflow whatever the scale.
+
+    Raises:
+        UserError: ``skipped`` steps in a row were left out.
+    """
+    if skipped >= MOST_SKIPPED:
+        raise UserError(
+            f"the fp16 gradient was not finite in {skipped} steps in a row",
+            where=f"images: {names}",
+            remedy="Use --mixed_precision=bf16, or lower the learning rate. What was saved before is good.",
+        )
 
 
 def _learning_rates(optimizer: Any) -> dict[str, float]:

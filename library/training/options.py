@@ -240,7 +240,9 @@ class LoggingOptions:
     )
     log_prefix: str | None = option(None, metavar="TEXT", help="Put before the time stamp in the log folder's name.")
     log_tracker_name: str | None = option(None, metavar="NAME", help="Name of the log within its folder.")
-    wandb_run_name: str | None = option(None, metavar="NAME", help="Name of the run at Weights & Biases.")
+    wandb_run_name: str | None = option(
+        None, metavar="NAME", help="Name of the run at Weights & Biases; without effect until that is available."
+    )
     log_tracker_config: Path | None = option(
         None, metavar="FILE", later=_WANDB, help="TOML file with settings of the loggers."
     )

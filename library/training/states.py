@@ -269,9 +269,12 @@ def _read_pickle(path: Path) -> dict[str, Any]:
 def restore(state: TrainingState, *, optimizer: Any, scheduler: Any, scaler: Any = None) -> None:
     """Put optimizer, schedule and scaler where ``state`` left them; its tensors are the method's to load.
 
+    The learning rates are those of this run, at the step of the state: a changed one holds from here on.
+
     Raises:
         UserError: The state belongs to a run with other parameters.
     """
+    rates = list(scheduler.base_lrs)
     try:
         optimizer.load_state_dict(dict(state.optimizer))
         scheduler.load_state_dict(dict(state.scheduler))
@@ -283,3 +286,6 @@ def restore(state: TrainingState, *, optimizer: Any, scheduler: Any, scaler: Any
             where="--resume",
             remedy="Continue with the network, the optimizer and the trained parts the state was saved with.",
         ) from error
+    scheduler.base_lrs = rates
+    for group, rate, factor in zip(optimizer.param_groups, rates, scheduler.lr_lambdas, strict=True):
+        group["initial_lr"], group["lr"] = rate, rate * factor(scheduler.last_epoch)
