@@ -8,11 +8,10 @@ import logging
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
-from networks.loading import check_network
-
 from library.data.options import (
     CacheOptions,
     CaptionOptions,
+    CheckOptions,
     ImageOptions,
     LoaderOptions,
     SourceOptions,
@@ -21,6 +20,7 @@ from library.data.options import (
 from library.diffusion.options import LossOptions, NoiseOptions
 from library.errors import Problem, run_script
 from library.inputs import check_inputs
+from library.inspection import dry_run, inspect_data
 from library.models.options import AttentionOptions, ModelOptions, PromptOptions
 from library.option_relations import model_notices, prediction_problems
 from library.options import parse_options
@@ -37,7 +37,9 @@ from library.training.options import (
     SaveOptions,
     SchedulerOptions,
 )
+from networks.loading import check_network
 from networks.options import NetworkOptions
+from networks.size import trained_values
 
 if TYPE_CHECKING:
     from library.inputs import Inputs
@@ -52,6 +54,7 @@ class Options:
     model: ModelOptions
     network: NetworkOptions
     source: SourceOptions
+    check: CheckOptions
     image: ImageOptions
     captions: CaptionOptions
     prompts: PromptOptions
@@ -92,14 +95,18 @@ def main(argv: list[str]) -> int:
     set_up_logging(options.console)
     for notice in notices:
         log.warning(notice)
+    inspected = inspect_data(options)
+    if inspected is not None:
+        return inspected
     inputs = check_inputs(options, more=check_network(options.network))
+    if options.check.dry_run:
+        values = trained_values(options.network, options.model)
+        return dry_run(options, inputs, suffix=f".{options.network.save_model_as}", trained_values=values)
     return train(options, inputs)
 
 
 def train(options: Options, inputs: "Inputs") -> int:
     """Train a network; everything heavy is imported from here on."""
-    from networks.loading import build_network, network_arguments
-
     from library.data.setup import prepare_data
     from library.diffusion.objective import DenoisingObjective
     from library.diffusion.schedule import NoiseSchedule
@@ -107,6 +114,7 @@ def train(options: Options, inputs: "Inputs") -> int:
     from library.models.stable_diffusion import load_stable_diffusion
     from library.run import train as run
     from library.task import DenoisingTask
+    from networks.loading import build_network, network_arguments
     from networks.training import NetworkTraining
 
     runtime = start_runtime(options.runtime, find_unused_parameters=may_leave_unused(options))

@@ -8,30 +8,33 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol
 
 from library.data.dataset import TrainingDataset
-from library.data.epoch_plan import EpochPlan
+from library.data.disk_cache import DiskLatentCache, Share
 from library.data.latent_cache import LatentCache
+from library.data.latent_encoding import LatentSource
 from library.data.loader import build_loader
+from library.data.mask_cache import MaskCache
 from library.data.options import LoaderOptions
 from library.data.setup import TrainingData
-from library.data.summary import dataset_metadata, startup_table
+from library.data.summary import dataset_metadata
 from library.diffusion.options import NoiseOptions
 from library.inputs import InputOptions, Inputs
+from library.models.latents import encoder_digest
 from library.models.prompts import CaptionTokenizer
 from library.options import flat_values
 from library.runtime import Runtime
+from library.start_screen import ScreenOptions, start_screen
 from library.task import DenoisingTask, evaluating
 from library.training.clock import now, session_id
 from library.training.loop import Interruption, fit
 from library.training.lr_schedulers import build_lr_scheduler
 from library.training.metadata import Kind, ModelFacts, RunFacts, file_metadata, modelspec, training_metadata
-from library.training.method import Hook, RunLength, StepShape, TrainingMethod
+from library.training.method import Hook, StepShape, TrainingMethod
 from library.training.naming import OutputNames, SavePlan, SavePoint
 from library.training.optimizers import build_optimizer
-from library.training.options import LengthOptions
 from library.training.previews import Previews
+from library.training.progress import RunLength
 from library.training.prompt_files import PreviewPrompt
 from library.training.saving import ModelSaver, StateSaver
-from library.training.startup import StartFacts, startup_lines
 from library.training.states import TrainingState, fingerprint, fingerprint_differences, read_state, restore
 from library.training.tracking import Tracker
 
@@ -42,15 +45,13 @@ if TYPE_CHECKING:
 log = logging.getLogger(__name__)
 
 
-class RunOptions(InputOptions, Protocol):
+class RunOptions(ScreenOptions, Protocol):
     """The groups of a script's options that a run needs."""
 
     @property
     def noise(self) -> NoiseOptions: ...  # noqa: D102
     @property
     def loader(self) -> LoaderOptions: ...  # noqa: D102
-    @property
-    def length(self) -> LengthOptions: ...  # noqa: D102
 
 
 def train(
@@ -141,9 +142,17 @@ def train(
         suffix=suffix,
         tracker_name=tracker_name,
     )
-    log.info("%s", startup_table(inputs.spec, data))
-    for line in startup_lines(_start_facts(options, data, plan, length, runtime, start_step)):
-        log.info("%s", line)
+    screen = start_screen(
+        options,
+        inputs,
+        data,
+        seed=runtime.seed,
+        world=runtime.world,
+        suffix=suffix,
+        start_step=start_step,
+        trained_values=sum(tensor.numel() for tensor in method.trained.state_dict().values()),
+    )
+    log.info("%s", "\n".join(["what will be done", *screen]))
     if start_step == 0:
         hooks.previews.before_training()
     dataset = TrainingDataset(
@@ -152,6 +161,7 @@ def train(
         total_steps=length.total_steps,
         tokenize=caption_tokenizer(task, options),
         cache=cache,
+        masks=None if cache is None else MaskCache.fill(data),
         prior_loss_weight=options.source.prior_loss_weight,
     )
     batches = build_loader(
@@ -256,12 +266,21 @@ def caption_tokenizer(task: DenoisingTask, options: InputOptions) -> CaptionToke
     )
 
 
-def _filled_cache(task: DenoisingTask, options: RunOptions, data: TrainingData) -> LatentCache | None:
-    if not options.cache.cache_latents:
+def _filled_cache(task: DenoisingTask, options: RunOptions, data: TrainingData) -> LatentSource | None:
+    cache, runtime = options.cache, task.runtime
+    if not cache.cache_latents:
         return None
     with task.vae_in_use():
-        return LatentCache.fill(
-            data, task.posterior, batch_size=options.cache.vae_batch_size, progress=task.runtime.is_main
+        if not cache.cache_latents_to_disk:
+            return LatentCache.fill(data, task.posterior, batch_size=cache.vae_batch_size, progress=runtime.is_main)
+        return DiskLatentCache.fill(
+            data,
+            task.posterior,
+            vae=encoder_digest(task.model.vae),
+            batch_size=cache.vae_batch_size,
+            trust_names=cache.skip_cache_check,
+            share=Share(rank=runtime.rank, world=runtime.world, wait=runtime.accelerator.wait_for_everyone),
+            progress=runtime.is_main,
         )
 
 
@@ -324,21 +343,4 @@ def _model_facts(options: RunOptions, inputs: Inputs, task: DenoisingTask, kind:
         min_timestep=options.noise.min_timestep,
         max_timestep=options.noise.max_timestep,
         clip_skip=options.prompts.clip_skip,
-    )
-
-
-def _start_facts(
-    options: RunOptions, data: TrainingData, plan: EpochPlan, length: RunLength, runtime: Runtime, start_step: int
-) -> StartFacts:
-    return StartFacts(
-        train_images=data.train_examples,
-        reg_images=data.reg_examples,
-        batches_per_epoch=plan.batches_per_epoch,
-        epochs=length.epochs,
-        batch_sizes=tuple(sorted({bucket.plan.batch_size for bucket in data.buckets})),
-        accumulation=options.length.gradient_accumulation_steps,
-        processes=runtime.world,
-        total_steps=length.total_steps,
-        start_step=start_step,
-        epochs_asked=options.length.max_train_epochs,
     )

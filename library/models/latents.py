@@ -3,6 +3,7 @@
 Latents here are the VAE's own: the U-Net sees them multiplied by ``Variant.latent_scale``.
 """
 
+import hashlib
 from typing import Any
 
 import torch
@@ -34,6 +35,19 @@ def encode_images(vae: Any, pixels: Tensor) -> tuple[Tensor, Tensor]:
             remedy="Add --no_half_vae, or use --mixed_precision=bf16; in 32 bits the VAE's file itself is damaged.",
         )
     return mean, std
+
+
+def encoder_digest(vae: Any) -> str:
+    """BLAKE2b, 64 bits in hexadecimal, of all that decides what :func:`encode_images` gives: weights and precision.
+
+    The decoder is left out, so that VAEs that differ in it alone, as SD's improved ones do, share their latents.
+    """
+    digest = hashlib.blake2b(digest_size=8)
+    for name, tensor in sorted(vae.state_dict().items()):
+        if name.startswith(("encoder.", "quant_conv.")):
+            digest.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}".encode())
+            digest.update(tensor.detach().cpu().flatten().view(torch.uint8).numpy().data)
+    return digest.hexdigest()
 
 
 def sample_posterior(mean: Tensor, std: Tensor, noise: Tensor) -> Tensor:

@@ -17,7 +17,8 @@ from tqdm import tqdm
 from library.errors import UserError
 from library.randomness import key
 from library.runtime import Runtime
-from library.training.method import Hook, MicroBatch, Moment, RunLength, StepShape, TrainingMethod
+from library.training.method import Hook, MicroBatch, StepShape, TrainingMethod
+from library.training.progress import Moment, RunLength
 from library.training.tracking import LossAverage
 
 

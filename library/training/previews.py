@@ -16,7 +16,7 @@ from library.training.prompt_files import PreviewPrompt
 if TYPE_CHECKING:
     from PIL.Image import Image
 
-    from library.training.method import Moment
+    from library.training.progress import Moment
 
 logger = logging.getLogger(__name__)
 
