@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING
 from library.data.options import (
     CacheOptions,
     CaptionOptions,
+    CheckOptions,
     ImageOptions,
     LoaderOptions,
     SourceOptions,
@@ -19,6 +20,7 @@ from library.data.options import (
 from library.diffusion.options import LossOptions, NoiseOptions
 from library.errors import Problem, run_script
 from library.inputs import check_inputs
+from library.inspection import dry_run, inspect_data
 from library.models.options import AttentionOptions, ModelOptions, PromptOptions
 from library.option_relations import model_notices, prediction_problems
 from library.options import parse_options
@@ -37,6 +39,7 @@ from library.training.options import (
 )
 from networks.loading import check_network
 from networks.options import NetworkOptions
+from networks.size import trained_values
 
 if TYPE_CHECKING:
     from library.inputs import Inputs
@@ -51,6 +54,7 @@ class Options:
     model: ModelOptions
     network: NetworkOptions
     source: SourceOptions
+    check: CheckOptions
     image: ImageOptions
     captions: CaptionOptions
     prompts: PromptOptions
@@ -91,7 +95,13 @@ def main(argv: list[str]) -> int:
     set_up_logging(options.console)
     for notice in notices:
         log.warning(notice)
+    inspected = inspect_data(options)
+    if inspected is not None:
+        return inspected
     inputs = check_inputs(options, more=check_network(options.network))
+    if options.check.dry_run:
+        values = trained_values(options.network, options.model)
+        return dry_run(options, inputs, suffix=f".{options.network.save_model_as}", trained_values=values)
     return train(options, inputs)
 
 

@@ -165,6 +165,11 @@ def written_whole(path: Path) -> Iterator[Path]:
             temporary.unlink()
 
 
+def is_temporary(name: str) -> bool:
+    """Whether ``name`` is that of a file in the making, which stays behind only where its process was killed."""
+    return name.startswith(_TEMPORARY_MARK)
+
+
 def _usual_mode() -> int:
     """The permissions of a new file; the only way to read the mask is to set it."""
     mask = os.umask(0)

@@ -9,13 +9,14 @@ from dataclasses import dataclass
 from typing import Protocol, TypeVar
 
 from library.data.config import read_spec
-from library.data.findings import warnings_of
+from library.data.findings import Finding, warnings_of
 from library.data.lint import lint
-from library.data.options import CacheOptions, CaptionOptions, ImageOptions, SourceOptions
+from library.data.options import CacheOptions, CaptionOptions, CheckOptions, ImageOptions, SourceOptions
 from library.data.records import ImageRecord, scan
 from library.data.spec import DataSpec
 from library.diffusion.samplers import check_sampler
 from library.errors import Problem, UserError, raise_if_any
+from library.models.caption_tokens import CaptionTokens
 from library.models.detect import check_model_source
 from library.models.options import ModelOptions, PromptOptions
 from library.training.lr_schedulers import check_lr_scheduler
@@ -49,6 +50,8 @@ class InputOptions(Protocol):
     def prompts(self) -> PromptOptions: ...  # noqa: D102
     @property
     def source(self) -> SourceOptions: ...  # noqa: D102
+    @property
+    def check(self) -> CheckOptions: ...  # noqa: D102
     @property
     def image(self) -> ImageOptions: ...  # noqa: D102
     @property
@@ -86,6 +89,21 @@ class Inputs:
     prompts: tuple[PreviewPrompt, ...]
 
 
+@dataclass(frozen=True, kw_only=True, slots=True)
+class DataCheck:
+    """The data sets, and everything found out about them: errors too.
+
+    Attributes:
+        spec: The data sets.
+        records: Their images.
+        findings: What is wrong or remarkable, each once.
+    """
+
+    spec: DataSpec
+    records: tuple[ImageRecord, ...]
+    findings: tuple[Finding, ...]
+
+
 def check_inputs(options: InputOptions, *, more: Sequence[Problem] = ()) -> Inputs:
     """Read and check everything but the weights; warnings go to the log.
 
@@ -107,7 +125,7 @@ def check_inputs(options: InputOptions, *, more: Sequence[Problem] = ()) -> Inpu
     if options.resume.resume is not None:
         problems += check_state(options.resume.resume)
     prompts = _collected(lambda: _prompts(options.preview), problems) or ()
-    read = _collected(lambda: _read_data(options), problems)
+    read = _collected(lambda: read_data(options), problems)
     raise_if_any(list(dict.fromkeys(problems)))
     assert read is not None, "without problems there is data"
     for notice in source.notices:
@@ -126,12 +144,40 @@ def _prompts(options: PreviewOptions) -> tuple[PreviewPrompt, ...]:
     return prompts
 
 
-def _read_data(options: InputOptions) -> tuple[DataSpec, tuple[ImageRecord, ...]]:
+def read_data(options: InputOptions) -> tuple[DataSpec, tuple[ImageRecord, ...]]:
+    """The data sets and their images; warnings go to the log.
+
+    Raises:
+        UserError: With every error found.
+    """
+    found = check_data(options)
+    for finding in warnings_of(found.findings):
+        log.warning("%s", finding)
+    return found.spec, found.records
+
+
+def check_data(options: InputOptions) -> DataCheck:
+    """Read the data sets and say what is wrong with them.
+
+    A real run stays quick; where a check is asked for without training, every image is decoded and every caption cut
+    into tokens as well.
+
+    Raises:
+        UserError: The dataset file cannot be read at all.
+    """
     spec, findings = read_spec(options.source, options.image, options.captions, options.cache)
     records, found = scan(spec)
-    for finding in warnings_of(dict.fromkeys([*findings, *found, *lint(spec, records)])):
-        log.warning("%s", finding)
-    return spec, records
+    findings = [*findings, *found, *lint(spec, records)]
+    if options.check.dry_run or options.check.validate_dataset:
+        from library.data.lint_thorough import lint_thoroughly
+
+        findings += lint_thoroughly(spec, records, caption_tokens(options.prompts))
+    return DataCheck(spec=spec, records=records, findings=tuple(dict.fromkeys(findings)))
+
+
+def caption_tokens(options: PromptOptions) -> CaptionTokens:
+    """How captions fall into tokens, as the options say."""
+    return CaptionTokens.of(max_token_length=options.max_token_length, weighted=options.weighted_captions)
 
 
 def _collected(read: Callable[[], T], problems: list[Problem]) -> T | None:

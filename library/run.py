@@ -1,38 +1,41 @@
 """One training run around a method: plan, optimizer, resuming, hooks, the loop, and what is said at the end."""
 
+import functools
 import hashlib
 import logging
 from collections.abc import Callable, Mapping
-from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol
 
 from library.data.dataset import TrainingDataset
-from library.data.epoch_plan import EpochPlan
+from library.data.disk_cache import DiskLatentCache, Share
 from library.data.latent_cache import LatentCache
+from library.data.latent_encoding import LatentSource
 from library.data.loader import build_loader
+from library.data.mask_cache import MaskCache
 from library.data.options import LoaderOptions
 from library.data.setup import TrainingData
-from library.data.summary import dataset_metadata, startup_table
+from library.data.summary import dataset_metadata
 from library.diffusion.options import NoiseOptions
 from library.errors import UserError
 from library.inputs import InputOptions, Inputs
+from library.models.latents import encoder_digest
 from library.models.prompts import CaptionTokenizer
 from library.options import flat_values
 from library.runtime import Runtime
+from library.start_screen import ScreenOptions, start_screen
 from library.task import DenoisingTask, evaluating
 from library.training.clock import now, session_id
 from library.training.loop import Interruption, fit
 from library.training.lr_schedulers import build_lr_scheduler
 from library.training.metadata import Kind, ModelFacts, RunFacts, file_metadata, modelspec, training_metadata
-from library.training.method import Hook, RunLength, StepShape, TrainingMethod
+from library.training.method import Hook, StepShape, TrainingMethod
 from library.training.naming import OutputNames, SavePlan, SavePoint
 from library.training.optimizers import build_optimizer
-from library.training.options import LengthOptions
 from library.training.previews import Previews
+from library.training.progress import RunLength
 from library.training.prompt_files import PreviewPrompt
 from library.training.saving import ModelSaver, StateSaver
-from library.training.startup import StartFacts, startup_lines
 from library.training.states import TrainingState, fingerprint, fingerprint_differences, read_state, restore
 from library.training.tracking import Tracker
 
@@ -42,16 +45,17 @@ if TYPE_CHECKING:
 
 log = logging.getLogger(__name__)
 
+STOPPED = 130
+"""Exit code of a run that another process's signal has stopped."""
 
-class RunOptions(InputOptions, Protocol):
+
+class RunOptions(ScreenOptions, Protocol):
     """The groups of a script's options that a run needs."""
 
     @property
     def noise(self) -> NoiseOptions: ...  # noqa: D102
     @property
     def loader(self) -> LoaderOptions: ...  # noqa: D102
-    @property
-    def length(self) -> LengthOptions: ...  # noqa: D102
 
 
 def train(
@@ -83,7 +87,7 @@ def train(
         The exit code: 0, or that of the signal that stopped the run.
     """
     runtime, started_at = task.runtime, now()
-    cache = _filled_cache(task, options, data)
+    latents = _filled_cache(task, options, data)
     plan = data.plan(runtime.seed, accumulation=options.length.gradient_accumulation_steps, world=runtime.world)
     length = RunLength.of(
         max_train_steps=options.length.max_train_steps,
@@ -91,66 +95,42 @@ def train(
         steps_per_epoch=plan.steps_per_epoch,
     )
 
-    # The optimizer holds the parameters, so it is built before Accelerate wraps the module.
+    # The optimizer tries itself out where it will run, and holds the parameters before Accelerate wraps the module.
+    method.module.to(runtime.device)
     built = build_optimizer(options.optimizer, method.param_groups())
     schedule = build_lr_scheduler(options.scheduler, built.optimizer, length.total_steps)
     method.module, optimizer = runtime.accelerator.prepare(method.module, built.optimizer)
-    made_of = fingerprint({**flat_values(options), "seed": runtime.seed}, _digest(data))
-    start_step = _resumed(method, optimizer, schedule, options, runtime, made_of)
-    if start_step >= length.total_steps:
-        raise UserError(
-            f"the state is at step {start_step}, and the run has {length.total_steps}: nothing is left to train",
-            where="--resume, --max_train_steps, --max_train_epochs",
-            remedy="Raise the number of steps or epochs.",
-        )
+    progress = Progress(method, optimizer, schedule, runtime, _made_of(options, runtime, data))
+    start_step = progress.resume(options.resume.resume, length)
 
-    record = training_metadata(
-        flat_values(options),
-        RunFacts(
-            session_id=session_id(runtime.seed),
-            started_at=started_at,
-            seed=runtime.seed,
-            train_images=data.train_examples,
-            reg_images=data.reg_examples,
-            batches_per_epoch=-(-plan.batches_per_epoch // runtime.world),
-            epochs=length.epochs,
-            total_steps=length.total_steps,
-            optimizer=built.description,
-            base_model_version=task.model.variant.base_model_version,
-            model=options.model.pretrained_model_name_or_path or "",
-            vae=options.model.vae,
-            network_args=network_args,
-        ),
-        dataset_metadata(
-            inputs.spec, data, batches_per_step=runtime.world * options.length.gradient_accumulation_steps
-        ),
+    facts = RunFacts(
+        session_id=session_id(runtime.seed),
+        started_at=started_at,
+        seed=runtime.seed,
+        train_images=data.train_examples,
+        reg_images=data.reg_examples,
+        batches_per_epoch=-(-plan.batches_per_epoch // runtime.world),
+        epochs=length.epochs,
+        total_steps=length.total_steps,
+        optimizer=built.description,
+        base_model_version=task.model.variant.base_model_version,
+        model=options.model.pretrained_model_name_or_path or "",
+        vae=options.model.vae,
+        network_args=network_args,
     )
-
-    def save(path: Path, step: int, epoch: int) -> None:
-        card = modelspec(options.metadata, _model_facts(options, inputs, task, kind), timestamp=now())
-        no_metadata = options.metadata.no_metadata
-        method.save(path, file_metadata(record, card, step=step, epoch=epoch, no_metadata=no_metadata))
-
-    capture = partial(_captured, method, optimizer, schedule, runtime, made_of)
-
-    def generate(prompt: PreviewPrompt) -> "Image":
-        with evaluating(method.module):
-            return task.generate(prompt)
-
-    hooks = Hooks(
+    describe = _metadata_writer(options, inputs, task, data, facts, kind)
+    hooks = Hooks(options, inputs, method, task, length, progress, describe, suffix=suffix, tracker_name=tracker_name)
+    screen = start_screen(
         options,
         inputs,
-        length,
-        runtime,
-        save=save,
-        capture=capture,
-        generate=generate,
+        data,
+        seed=runtime.seed,
+        world=runtime.world,
         suffix=suffix,
-        tracker_name=tracker_name,
+        start_step=start_step,
+        trained_values=sum(tensor.numel() for tensor in method.trained.state_dict().values()),
     )
-    log.info("%s", startup_table(inputs.spec, data))
-    for line in startup_lines(_start_facts(options, data, plan, length, runtime, start_step)):
-        log.info("%s", line)
+    log.info("%s", "\n".join(["what will be done", *screen]))
     if start_step == 0:
         hooks.previews.before_training()
     dataset = TrainingDataset(
@@ -158,7 +138,8 @@ def train(
         seed=runtime.seed,
         total_steps=length.total_steps,
         tokenize=caption_tokenizer(task, options),
-        cache=cache,
+        cache=latents,
+        masks=None if latents is None else MaskCache.fill(data),
         prior_loss_weight=options.source.prior_loss_weight,
     )
     batches = build_loader(
@@ -182,10 +163,80 @@ def train(
             name_examples=data.names,
             interruption=interruption,
         )
-    if step < length.total_steps:
+    finished = step == length.total_steps
+    if not finished and step > start_step:
         hooks.save_interrupted(step, length)
     hooks.say_what_was_written()
-    return interruption.exit_code
+    runtime.accelerator.end_training()
+    # Another process may have been the one that was asked to stop.
+    return 0 if finished else interruption.exit_code or STOPPED
+
+
+class Progress:
+    """Where the run is: what a state keeps, and how it is continued from one.
+
+    Args:
+        method: What is trained.
+        optimizer: The prepared optimizer.
+        schedule: The learning rates.
+        runtime: The processes.
+        made_of: The fingerprint of options and data.
+    """
+
+    def __init__(
+        self,
+        method: TrainingMethod,
+        optimizer: Any,
+        schedule: "LRScheduler",
+        runtime: Runtime,
+        made_of: Mapping[str, object],
+    ) -> None:
+        self._method = method
+        self._optimizer = optimizer
+        self._schedule = schedule
+        self._scaler = runtime.accelerator.scaler
+        self._made_of = made_of
+
+    def resume(self, folder: Path | None, length: RunLength) -> int:
+        """Continue from the state in ``folder``; the number of steps already done, 0 without one.
+
+        Raises:
+            UserError: The state is not whole, belongs to another network or optimizer, or leaves nothing to train.
+        """
+        if folder is None:
+            return 0
+        state = read_state(folder)
+        for difference in fingerprint_differences(state.fingerprint, self._made_of):
+            log.warning("changed since the state was saved: %s", difference)
+        if state.step >= length.total_steps:
+            raise UserError(
+                f"the state is at step {state.step}, and the run has {length.total_steps}: nothing is left to train",
+                where="--resume, --max_train_steps, --max_train_epochs",
+                remedy="Raise the number of steps or epochs.",
+            )
+        try:
+            self._method.trained.load_state_dict(dict(state.tensors))
+        except RuntimeError as error:
+            raise UserError(
+                f"the state does not fit what is trained: {str(error).splitlines()[-1].strip()}",
+                where=f"--resume {folder}",
+                remedy="Continue with the rank and the trained parts that the state was saved with.",
+            ) from error
+        restore(state, optimizer=self._optimizer, scheduler=self._schedule, scaler=self._scaler)
+        log.info("resuming at step %d from %s", state.step, folder.name)
+        return state.step
+
+    def capture(self, step: int, epoch: int) -> TrainingState:
+        """The state after ``step`` steps."""
+        return TrainingState(
+            step=step,
+            epoch=epoch,
+            tensors=self._method.trained.state_dict(),
+            optimizer=self._optimizer.state_dict(),
+            scheduler=self._schedule.state_dict(),
+            scaler=self._scaler.state_dict() if self._scaler is not None else None,
+            fingerprint=self._made_of,
+        )
 
 
 class Hooks:
@@ -195,15 +246,23 @@ class Hooks:
         self,
         options: RunOptions,
         inputs: Inputs,
+        method: TrainingMethod,
+        task: DenoisingTask,
         length: RunLength,
-        runtime: Runtime,
+        progress: Progress,
+        describe: Callable[[int, int], dict[str, str]],
         *,
-        save: Callable[[Path, int, int], None],
-        capture: Callable[[int, int], TrainingState],
-        generate: Callable[[PreviewPrompt], "Image"],
         suffix: str,
         tracker_name: str,
     ) -> None:
+        def save(path: Path, step: int, epoch: int) -> None:
+            method.save(path, describe(step, epoch))
+
+        def generate(prompt: PreviewPrompt) -> "Image":
+            with evaluating(method.module):
+                return task.generate(prompt)
+
+        runtime = task.runtime
         saving = options.save
         assert saving.output_dir is not None, "checked with the inputs"
         names = OutputNames(folder=saving.output_dir, name=saving.output_name, suffix=suffix)
@@ -215,7 +274,7 @@ class Hooks:
         self.states = StateSaver(
             SavePlan.for_states(saving, length.epochs),
             names,
-            capture,
+            progress.capture,
             every_time=saving.save_state,
             is_main=runtime.is_main,
         )
@@ -263,65 +322,58 @@ def caption_tokenizer(task: DenoisingTask, options: InputOptions) -> CaptionToke
     )
 
 
-def _filled_cache(task: DenoisingTask, options: RunOptions, data: TrainingData) -> LatentCache | None:
-    if not options.cache.cache_latents:
-        task.model.vae.to(task.runtime.device)
+def _filled_cache(task: DenoisingTask, options: RunOptions, data: TrainingData) -> LatentSource | None:
+    cache, runtime = options.cache, task.runtime
+    if not cache.cache_latents:
+        task.model.vae.to(runtime.device)
         return None
+    filled: LatentSource
     with task.vae_in_use():
-        cache = LatentCache.fill(
-            data, task.posterior, batch_size=options.cache.vae_batch_size, progress=task.runtime.is_main
-        )
-    task.runtime.release_memory()
-    return cache
+        if cache.cache_latents_to_disk:
+            filled = DiskLatentCache.fill(
+                data,
+                task.posterior,
+                vae=encoder_digest(task.model.vae),
+                batch_size=cache.vae_batch_size,
+                trust_names=cache.skip_cache_check,
+                share=Share(rank=runtime.rank, world=runtime.world, wait=runtime.accelerator.wait_for_everyone),
+                progress=runtime.is_main,
+            )
+        else:
+            filled = LatentCache.fill(data, task.posterior, batch_size=cache.vae_batch_size, progress=runtime.is_main)
+    runtime.release_memory()
+    return filled
 
 
-def _resumed(
-    method: TrainingMethod,
-    optimizer: Any,
-    schedule: "LRScheduler",
-    options: RunOptions,
-    runtime: Runtime,
-    made_of: Mapping[str, object],
-) -> int:
-    """Continue from ``--resume``; the number of steps already done, 0 for a new run."""
-    folder = options.resume.resume
-    if folder is None:
-        return 0
-    state = read_state(folder)
-    method.trained.load_state_dict(dict(state.tensors))
-    restore(state, optimizer=optimizer, scheduler=schedule, scaler=runtime.accelerator.scaler)
-    for difference in fingerprint_differences(state.fingerprint, made_of):
-        log.warning("changed since the state was saved, so the run will differ: %s", difference)
-    log.info("resuming at step %d from %s", state.step, folder.name)
-    return state.step
+def _made_of(options: RunOptions, runtime: Runtime, data: TrainingData) -> dict[str, object]:
+    return fingerprint({**flat_values(options), "seed": runtime.seed}, _digest(data))
 
 
-def _captured(
-    method: TrainingMethod,
-    optimizer: Any,
-    schedule: "LRScheduler",
-    runtime: Runtime,
-    made_of: Mapping[str, object],
-    step: int,
-    epoch: int,
-) -> TrainingState:
-    scaler = runtime.accelerator.scaler
-    return TrainingState(
-        step=step,
-        epoch=epoch,
-        tensors=method.trained.state_dict(),
-        optimizer=optimizer.state_dict(),
-        scheduler=schedule.state_dict(),
-        scaler=scaler.state_dict() if scaler is not None else None,
-        fingerprint=made_of,
-    )
+def _metadata_writer(
+    options: RunOptions, inputs: Inputs, task: DenoisingTask, data: TrainingData, facts: RunFacts, kind: Kind
+) -> Callable[[int, int], dict[str, str]]:
+    """Gives the metadata of a file saved after some steps and epochs; only the process that saves calls it."""
+    batches_per_step = task.runtime.world * options.length.gradient_accumulation_steps
+
+    @functools.cache
+    def record() -> dict[str, str]:
+        # Hashes the base model, so not before a file is saved.
+        of_data = dataset_metadata(inputs.spec, data, batches_per_step=batches_per_step)
+        return training_metadata(flat_values(options), facts, of_data)
+
+    def describe(step: int, epoch: int) -> dict[str, str]:
+        card = modelspec(options.metadata, _model_facts(options, inputs, task, kind), timestamp=now())
+        return file_metadata(record(), card, step=step, epoch=epoch, no_metadata=options.metadata.no_metadata)
+
+    return describe
 
 
 def _digest(data: TrainingData) -> str:
     """A digest of what is trained on: names, sizes, captions and repeats of the images."""
     digest = hashlib.blake2b(digest_size=16)
     for record in data.records:
-        digest.update(repr((record.path.name, record.size, record.caption, record.repeats, record.is_reg)).encode())
+        facts = (record.path.name, record.size, record.bucket, record.caption, record.repeats, record.is_reg)
+        digest.update(repr((*facts, record.mask and record.mask.name)).encode())
     return digest.hexdigest()
 
 
@@ -334,21 +386,4 @@ def _model_facts(options: RunOptions, inputs: Inputs, task: DenoisingTask, kind:
         min_timestep=options.noise.min_timestep,
         max_timestep=options.noise.max_timestep,
         clip_skip=options.prompts.clip_skip,
-    )
-
-
-def _start_facts(
-    options: RunOptions, data: TrainingData, plan: EpochPlan, length: RunLength, runtime: Runtime, start_step: int
-) -> StartFacts:
-    return StartFacts(
-        train_images=data.train_examples,
-        reg_images=data.reg_examples,
-        batches_per_epoch=plan.batches_per_epoch,
-        epochs=length.epochs,
-        batch_sizes=tuple(sorted({bucket.plan.batch_size for bucket in data.buckets})),
-        accumulation=options.length.gradient_accumulation_steps,
-        processes=runtime.world,
-        total_steps=length.total_steps,
-        start_step=start_step,
-        epochs_asked=options.length.max_train_epochs,
     )

@@ -20,7 +20,15 @@ OPTIONS = [
 ]
 RUNTIME = ["library.randomness", "library.runtime"]
 PACKAGES = ["library.models", "library.diffusion", "library.data", "library.training"]
-TOP = ["library.option_relations", "library.task", "library.inputs", "library.run", "library.full_model"]
+TOP = [
+    "library.option_relations",
+    "library.task",
+    "library.inputs",
+    "library.start_screen",
+    "library.inspection",
+    "library.run",
+    "library.full_model",
+]
 
 
 def imported_modules(path: Path) -> set[str]:

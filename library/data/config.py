@@ -2,16 +2,18 @@
 
 import logging
 from collections.abc import Iterable, Mapping
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, fields, replace
 from pathlib import Path
 from typing import Any, Final
 
 from library.data.config_file import DatasetSection, Section, read_dataset_file
 from library.data.findings import Finding, error, warning, warnings_of
 from library.data.folders import explain_base_dir, image_names, parse_folder_name, shown_name, subfolder_names
+from library.data.metadata import largest_train_resolution
 from library.data.options import CacheOptions, CaptionOptions, ImageOptions, SourceOptions
 from library.data.schema import CAPTION_DROPOUT_KEYS, KEYS
 from library.data.spec import AugmentRules, BucketRules, CaptionRules, DatasetSpec, DataSpec, Size, SubsetSpec
+from library.data.styles import check_style
 
 _log = logging.getLogger(__name__)
 
@@ -88,17 +90,20 @@ def read_spec(
     flags = _command_line(source, image, captions, caption_dropout=caption_dropout)
     if source.dataset_config is not None:
         spec, findings = _from_file(source.dataset_config, flags, caption_dropout=caption_dropout)
-        if source.train_data_dir or source.reg_data_dir:
+        if source.train_data_dir or source.reg_data_dir or source.in_json:
             findings.append(
                 warning(
-                    "--train_data_dir and --reg_data_dir are ignored: the dataset file names the folders",
+                    "--train_data_dir, --reg_data_dir and --in_json are ignored: the dataset file names the folders",
                     "--dataset_config",
                     "Leave them out.",
                 )
             )
+    elif source.in_json is not None:
+        spec, findings = _from_metadata(source.in_json, source, flags)
     else:
         spec, findings = _from_folders(source, flags)
     findings.extend(_cache_conflicts(spec, cache))
+    findings.extend(_mask_conflicts(spec, source))
     return spec, findings
 
 
@@ -124,6 +129,7 @@ def _from_file(path: Path, flags: Section, *, caption_dropout: bool) -> tuple[Da
     datasets = []
     for dataset in file.datasets:
         chain = _Chain((dataset.section, file.general, flags))
+        findings.extend(check_style(dataset))
         subsets = tuple(_subsets_of(dataset, chain, path.parent, findings))
         datasets.append(_dataset(chain, subsets, dataset.section.where, findings))
     if not datasets:
@@ -146,17 +152,24 @@ def _subsets_of(dataset: DatasetSection, chain: _Chain, beside: Path, findings: 
     for section in dataset.subsets:
         own = _Chain((section, *chain.sections))
         image_dir = section.values.get("image_dir")
-        if image_dir is not None:
-            yield _subset(own, _locate(image_dir, beside), section.where)
-        elif "metadata_file" not in section.values:
+        metadata_file = section.values.get("metadata_file")
+        folder = None if image_dir is None else _locate(image_dir, beside)
+        if metadata_file is not None:
+            subset = _described_subset(own, _locate(metadata_file, beside), folder, section.where)
+        elif folder is not None:
+            subset = _subset(own, folder, section.where)
+        else:
             findings.append(
                 error("the subset has no image_dir", section.where, "Add image_dir = 'folder of the images'.")
             )
+            continue
+        masks = section.values.get("conditioning_data_dir")
+        yield subset if masks is None else replace(subset, conditioning_data_dir=_locate(masks, beside))
 
 
-def _locate(image_dir: str, beside: Path) -> Path:
-    """A folder as the current directory has it; or else, if it is there, as the folder of the dataset file has it."""
-    path = Path(image_dir).expanduser()
+def _locate(written: str, beside: Path) -> Path:
+    """A path as the current directory has it; or else, if it is there, as the folder of the dataset file has it."""
+    path = Path(written).expanduser()
     return beside / path if not path.exists() and (beside / path).exists() else path
 
 
@@ -177,6 +190,35 @@ def _subset(chain: _Chain, image_dir: Path, where: str) -> SubsetSpec:
     )
 
 
+def _described_subset(chain: _Chain, metadata_file: Path, image_dir: Path | None, where: str) -> SubsetSpec:
+    """A subset with a metadata file; without an image folder, keys start at the folder of that file."""
+    return replace(
+        _subset(chain, metadata_file.parent if image_dir is None else image_dir, where),
+        name=shown_name(metadata_file),
+        metadata_file=metadata_file,
+        # What [general] says of caption files and classes is meant for other data sets.
+        class_tokens=None,
+        is_reg=False,
+    )
+
+
+def _from_metadata(metadata_file: Path, source: SourceOptions, flags: Section) -> tuple[DataSpec, list[Finding]]:
+    """The data set of ``--in_json`` with its images in ``--train_data_dir``."""
+    findings: list[Finding] = []
+    if source.reg_data_dir is not None:
+        findings.append(
+            warning(
+                "--reg_data_dir is ignored: with --in_json there are no regularisation images",
+                "--reg_data_dir",
+                "Leave it out, or describe both sets in a file given with --dataset_config.",
+            )
+        )
+    chain = _Chain((flags,))
+    subset = _described_subset(chain, metadata_file, source.train_data_dir, "--in_json")
+    subset = replace(subset, conditioning_data_dir=source.conditioning_data_dir)
+    return DataSpec(datasets=(_dataset(chain, (subset,), "--in_json", findings),), where="--in_json"), findings
+
+
 def _from_folders(source: SourceOptions, flags: Section) -> tuple[DataSpec, list[Finding]]:
     """The data set made of the folders ``<repeats>_<class tokens>`` in ``--train_data_dir`` and ``--reg_data_dir``."""
     findings: list[Finding] = []
@@ -190,13 +232,21 @@ def _from_folders(source: SourceOptions, flags: Section) -> tuple[DataSpec, list
         )
     chain = _Chain((flags,))
     subsets = tuple(
-        subset
+        _with_masks(subset, source.conditioning_data_dir)
         for base, flag in ((source.train_data_dir, "--train_data_dir"), (source.reg_data_dir, "--reg_data_dir"))
         if base is not None
         for subset in _named_subsets(base, flag, chain, findings)
     )
     dataset = _dataset(chain, subsets, "--train_data_dir", findings)
     return DataSpec(datasets=(dataset,), where="--train_data_dir"), findings
+
+
+def _with_masks(subset: SubsetSpec, masks: Path | None) -> SubsetSpec:
+    """``subset`` with its folder of masks: in ``masks`` the folder of its own name, if there is one."""
+    if masks is None or subset.is_reg:
+        return subset
+    own = masks / subset.image_dir.name
+    return replace(subset, conditioning_data_dir=own if own.is_dir() else masks)
 
 
 def _named_subsets(base: Path, flag: str, chain: _Chain, findings: list[Finding]) -> Iterable[SubsetSpec]:
@@ -228,6 +278,8 @@ def _ignored_folder(folder: Path, flag: str) -> list[Finding]:
 def _dataset(chain: _Chain, subsets: tuple[SubsetSpec, ...], where: str, findings: list[Finding]) -> DatasetSpec:
     resolution = chain["resolution"]
     rules = chain.rules(BucketRules)
+    if resolution is None and all(subset.metadata_file is not None for subset in subsets):
+        resolution = largest_train_resolution(subset.metadata_file for subset in subsets if subset.metadata_file)
     if resolution is None:
         remedy = "Give --resolution, or write resolution = 512 under [[datasets]]."
         findings.append(error("no training resolution is given", where, remedy))
@@ -330,13 +382,39 @@ def _rounded(name: str, value: int, result: int, chain: _Chain) -> list[Finding]
 def _duplicates(subsets: Iterable[SubsetSpec]) -> Iterable[Finding]:
     seen: dict[Path, SubsetSpec] = {}
     for subset in subsets:
-        first = seen.setdefault(subset.image_dir.resolve(), subset)
+        path = subset.metadata_file or subset.image_dir
+        first = seen.setdefault(path.resolve(), subset)
         if first is not subset:
+            kind = "folder" if subset.metadata_file is None else "metadata file"
             yield error(
-                f"the folder '{subset.image_dir}' is given twice in one data set (first at {first.where})",
+                f"the {kind} '{path}' is given twice in one data set (first at {first.where})",
                 subset.where,
-                "Remove one, or raise num_repeats; the same folder may stand in different data sets.",
+                f"Remove one, or raise num_repeats; the same {kind} may stand in different data sets.",
             )
+
+
+def _mask_conflicts(spec: DataSpec, source: SourceOptions) -> Iterable[Finding]:
+    """Masks that are asked for in one place only."""
+    subsets = [subset for dataset in spec.datasets for subset in dataset.subsets]
+    with_folder = [subset for subset in subsets if subset.conditioning_data_dir is not None]
+    if source.conditioning_data_dir is not None and source.dataset_config is not None:
+        yield error(
+            "--conditioning_data_dir is not used with a dataset file",
+            "--conditioning_data_dir",
+            "Write conditioning_data_dir = 'folder of the masks' under [[datasets.subsets]].",
+        )
+    elif with_folder and not source.masked_loss:
+        yield error(
+            "a folder of masks is given, but masks are not switched on",
+            with_folder[0].where if source.dataset_config else "--conditioning_data_dir",
+            "Add --masked_loss, or remove the folder of masks.",
+        )
+    elif source.masked_loss and not with_folder and not any(subset.alpha_mask for subset in subsets):
+        yield error(
+            "--masked_loss is given, but no masks",
+            "--masked_loss",
+            "Give conditioning_data_dir (folder of masks) or alpha_mask (transparency), or leave out --masked_loss.",
+        )
 
 
 def _cache_conflicts(spec: DataSpec, cache: CacheOptions) -> Iterable[Finding]:
@@ -347,10 +425,12 @@ def _cache_conflicts(spec: DataSpec, cache: CacheOptions) -> Iterable[Finding]:
             changes: Mapping[str, bool] = {
                 "color_aug": subset.augment.color_aug,
                 "random_crop": subset.augment.random_crop,
+                "face_crop_aug_range": subset.augment.face_crop_aug_range is not None
+                and not dataset.buckets.enable_bucket,
             }
             for name in (name for name, is_on in changes.items() if is_on):
                 yield error(
                     f"{name} changes the pixels each time, so latents cannot be cached (images '{subset.name}')",
                     subset.where,
-                    f"Leave out --cache_latents, or set {name} = false for these images.",
+                    f"Leave out --cache_latents, or {name} for these images.",
                 )

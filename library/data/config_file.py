@@ -196,8 +196,7 @@ class _Reader:
             return False
         if key.later is not None and read != key.default:
             self._report(f"{key.name} ({key.later}) is not available yet", path, "Remove the line.")
-            # What it describes is known now, so that nobody is told that an image_dir is missing as well.
-            return key.name == "metadata_file"
+            return False
         return True
 
     def _refuse_unknown(self, name: str, path: KeyPath, scope: Scope) -> None:

@@ -7,11 +7,14 @@ from typing import Any, TypeAlias
 import torch
 from torch import Tensor
 
-from library.data.captions import caption_for
 from library.data.epoch_plan import MicroBatch
-from library.data.images import jitter_colour, load_view, to_tensor
-from library.data.latent_cache import LatentCache
+from library.data.face_crop import crop_around
+from library.data.images import ImageView, Pixels, crop_origin, jitter_colour, load_view, to_tensor
+from library.data.latent_encoding import LatentSource
+from library.data.mask_cache import MaskCache
+from library.data.masks import load_mask
 from library.data.setup import TrainingData
+from library.data.spec import Size
 from library.randomness import python_random
 
 Tokenize: TypeAlias = Callable[[str], tuple[Tensor, Tensor | None]]
@@ -33,7 +36,7 @@ class Batch:
         token_weights: (B, chunks, 77) float32, where captions are weighted.
         captions: The captions as they were tokenized.
         loss_weight: (B,) float32; the prior loss weight for regularisation images, 0 for padding.
-        mask: (B, H, W) float32 in 0..1, what each pixel weighs in the loss.
+        mask: (B, H, W) float32 in 0..1, what each pixel of the images weighs in the loss; None where all weigh 1.
         is_padding: It only keeps this process in step with the others.
     """
 
@@ -74,6 +77,7 @@ class TrainingDataset:
         total_steps: Optimizer steps of the run, for the tag warm-up.
         tokenize: Turns a caption into token ids.
         cache: Latents to use instead of the image files.
+        masks: Masks to use instead of the image files.
         prior_loss_weight: What regularisation images weigh in the loss.
     """
 
@@ -81,7 +85,8 @@ class TrainingDataset:
     seed: int
     total_steps: int
     tokenize: Tokenize
-    cache: LatentCache | None = None
+    cache: LatentSource | None = None
+    masks: MaskCache | None = None
     prior_loss_weight: float = 1.0
 
     def __getitem__(self, key: MicroBatch) -> Batch:
@@ -105,15 +110,13 @@ class TrainingDataset:
             token_weights=torch.stack(weights) if weights else None,
             captions=captions,
             loss_weight=torch.tensor([self._loss_weight(key, example) for example in key.examples]),
+            mask=self._masks(key),
             is_padding=key.is_padding,
         )
 
     def example_caption(self, epoch: int, example: int, *, step: int) -> str:
         """The caption of ``example`` in ``epoch`` (from 1) at optimizer step ``step`` (from 0), as it is trained on."""
-        record = self.data.records[self.data.examples[example]]
-        rules = self.data.rules_of(record).captions
-        rng = python_random(self.seed, "caption", epoch, example)
-        return caption_for(record.caption, rules, rng, epoch=epoch, step=step, total_steps=self.total_steps)
+        return self.data.caption(example, seed=self.seed, epoch=epoch, step=step, total_steps=self.total_steps)
 
     def is_flipped(self, epoch: int, example: int) -> bool:
         """Whether ``example`` is mirrored in ``epoch``: half the time, where its subset asks for ``flip_aug``."""
@@ -138,8 +141,55 @@ class TrainingDataset:
     def _pixels(self, epoch: int, example: int) -> Tensor:
         number = self.data.examples[example]
         rules = self.data.rules_of(self.data.records[number]).augment
-        crop = python_random(self.seed, "crop", epoch, example) if rules.random_crop else None
-        pixels = load_view(self.data.view(number), crop=crop)
+        view, origin = self.framed(epoch, example)
+        pixels = load_view(view, origin=origin)
         if rules.color_aug:
             pixels = jitter_colour(pixels, python_random(self.seed, "colour", epoch, example))
         return to_tensor(pixels[:, ::-1] if self.is_flipped(epoch, example) else pixels)
+
+    def framed(self, epoch: int, example: int) -> tuple[ImageView, Size]:
+        """How the image is read, and left and top of its crop: the same for its pixels and its mask."""
+        number = self.data.examples[example]
+        view, record = self.data.view(number), self.data.records[number]
+        rules = self.data.rules_of(record).augment
+        rng = python_random(self.seed, "crop", epoch, example)
+        face = self.data.face(number)
+        if face is None or rules.face_crop_aug_range is None:
+            return view, crop_origin(view.placement, rng if rules.random_crop else None)
+        placement, origin = crop_around(
+            face,
+            record.size,
+            view.placement.bucket,
+            rules.face_crop_aug_range,
+            rng,
+            random_crop=rules.random_crop,
+        )
+        return replace(view, placement=placement), origin
+
+    def _masks(self, key: MicroBatch) -> Tensor | None:
+        """The masks of a batch, (B, H, W), or None where no image has one."""
+        masks = [self._mask(key.epoch, example) for example in key.examples]
+        given = [mask for mask in masks if mask is not None]
+        if not given:
+            return None
+        return torch.stack([torch.ones_like(given[0]) if mask is None else mask for mask in masks])
+
+    def _mask(self, epoch: int, example: int) -> Tensor | None:
+        """(H, W) in 0..1, or None where the whole image counts."""
+        levels = self._levels(epoch, example)
+        if levels is None:
+            return None
+        if self.is_flipped(epoch, example):
+            levels = levels[:, ::-1]
+        return torch.from_numpy(levels.copy()).float().div(255)
+
+    def _levels(self, epoch: int, example: int) -> Pixels | None:
+        number = self.data.examples[example]
+        if self.masks is not None:
+            return self.masks.get(number)
+        record = self.data.records[number]
+        use_alpha = self.data.rules_of(record).alpha_mask
+        if record.mask is None and not use_alpha:
+            return None
+        view, origin = self.framed(epoch, example)
+        return load_mask(view, record.mask, use_alpha=use_alpha, origin=origin)

@@ -3,14 +3,22 @@
 import os
 import re
 from collections import Counter
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from difflib import get_close_matches
+from importlib import import_module
+from importlib.util import find_spec
 from pathlib import Path
+from types import MappingProxyType
 from typing import Final, TypeAlias
 
-IMAGE_SUFFIXES: Final = frozenset((".png", ".jpg", ".jpeg", ".webp", ".bmp", ".avif"))
-UNREAD_IMAGE_SUFFIXES: Final = frozenset((".gif", ".tif", ".tiff", ".heic", ".heif", ".jxl", ".psd", ".raw", ".svg"))
+PLUGINS: Final[Mapping[str, str]] = MappingProxyType({".jxl": "pillow_jxl"})
+"""Formats that Pillow reads when a module is installed."""
+
+IMAGE_SUFFIXES: Final = frozenset((".png", ".jpg", ".jpeg", ".webp", ".bmp", ".avif", ".tif", ".tiff")) | frozenset(
+    suffix for suffix, module in PLUGINS.items() if find_spec(module)
+)
+UNREAD_IMAGE_SUFFIXES: Final = frozenset((".gif", ".heic", ".heif", ".jxl", ".psd", ".raw", ".svg")) - IMAGE_SUFFIXES
 
 _Test: TypeAlias = Callable[[Path], bool]
 
@@ -29,6 +37,13 @@ class Advice:
 def is_image(name: str) -> bool:
     """Whether a file of this name is read as a training image (hidden files are not)."""
     return os.path.splitext(name)[1].lower() in IMAGE_SUFFIXES and not name.startswith(".")
+
+
+def enable_format(path: Path) -> None:
+    """Load what Pillow needs beyond itself to read ``path``."""
+    module = PLUGINS.get(path.suffix.lower())
+    if module is not None and find_spec(module):
+        import_module(module)
 
 
 def image_names(folder: Path) -> list[str]:

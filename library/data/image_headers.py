@@ -13,6 +13,7 @@ from io import BufferedReader
 from pathlib import Path
 from typing import Final
 
+from library.data.folders import enable_format
 from library.data.spec import Size
 
 _ORIENTATION_TAG: Final = 0x0112
@@ -35,6 +36,7 @@ def displayed_size(path: Path) -> Size:
     """
     from PIL import Image, UnidentifiedImageError
 
+    enable_format(path)
     try:
         with path.open("rb") as file, _no_size_warning(), Image.open(file) as image:
             needs_decoding = _raises_doubt(file, image.format or "")
@@ -42,7 +44,7 @@ def displayed_size(path: Path) -> Size:
             orientation = Image.Image.getexif(image).get(_ORIENTATION_TAG, 1)
             size = image.size
         if needs_decoding:
-            orientation = _decoded_orientation(path)
+            size, orientation = _decoded_size(path)
     except Image.DecompressionBombError as problem:
         raise UnreadableImageError("it has more pixels than can be decoded safely") from problem
     except UnidentifiedImageError as problem:
@@ -52,13 +54,13 @@ def displayed_size(path: Path) -> Size:
     return (size[1], size[0]) if orientation in _SIDEWAYS else size
 
 
-def _decoded_orientation(path: Path) -> int:
-    """Decode the whole image, and read its orientation wherever it stands."""
+def _decoded_size(path: Path) -> tuple[Size, int]:
+    """Decode the whole image: its size, and the orientation that is still to be applied, wherever it stands."""
     from PIL import Image
 
     with _no_size_warning(), Image.open(path) as image:
         image.load()
-        return int(image.getexif().get(_ORIENTATION_TAG, 1))
+        return image.size, int(image.getexif().get(_ORIENTATION_TAG, 1))
 
 
 @contextmanager
@@ -91,6 +93,9 @@ def _raises_doubt(file: BufferedReader, image_format: str) -> bool:
         "BMP": _bmp_lacks_end,
         "AVIF": _boxes_lack_end,
     }
+    if image_format == "TIFF":
+        # Its parts lie anywhere in it, and Pillow applies its orientation while decoding.
+        return True
     return image_format in checks and checks[image_format](file)
 
 

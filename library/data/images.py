@@ -19,6 +19,7 @@ from numpy.typing import NDArray
 from PIL import Image
 
 from library.data.buckets import Placement
+from library.data.folders import enable_format
 from library.data.spec import Size
 from library.errors import UserError
 
@@ -109,6 +110,7 @@ def decode(path: Path) -> DecodedImage:
     Raises:
         UserError: The file is missing, truncated, damaged or of a kind without defined colours.
     """
+    enable_format(path)
     try:
         with Image.open(path) as image:
             image.load()
@@ -181,8 +183,8 @@ def _composed(rgb: Pixels, alpha: Pixels) -> Pixels:
     return ((rgb * opacity + MATTE * (255 - opacity) + 127) // 255).astype(np.uint8)
 
 
-def load_view(view: ImageView, *, crop: Random | None = None) -> Pixels:
-    """The pixels of ``view``, of the size of its bucket: cropped in the middle, or where ``crop`` draws it.
+def load_view(view: ImageView, *, origin: Size | None = None) -> Pixels:
+    """The pixels of ``view``, of the size of its bucket: cropped in the middle, or with left and top at ``origin``.
 
     Raises:
         UserError: The file cannot be read, or is not the one that was placed.
@@ -196,9 +198,14 @@ def load_view(view: ImageView, *, crop: Random | None = None) -> Pixels:
         )
     placement = view.placement
     pixels = resize(image.rgb, placement.resized, view.interpolation)
-    surplus = (placement.resized[0] - placement.bucket[0], placement.resized[1] - placement.bucket[1])
-    left, top = random_origin(surplus, crop) if crop else centre_origin(surplus)
+    left, top = origin or crop_origin(placement, None)
     return pixels[top : top + placement.bucket[1], left : left + placement.bucket[0]]
+
+
+def crop_origin(placement: Placement, crop: Random | None) -> Size:
+    """Left and top of the crop: in the middle, or where ``crop`` draws it."""
+    surplus = (placement.resized[0] - placement.bucket[0], placement.resized[1] - placement.bucket[1])
+    return random_origin(surplus, crop) if crop else centre_origin(surplus)
 
 
 def centre_origin(surplus: Size) -> Size:
@@ -220,8 +227,7 @@ def resize(pixels: Pixels, size: Size, interpolation: str | None = None) -> Pixe
     height, width = pixels.shape[:2]
     if (width, height) == size:
         return pixels
-    grows = size[0] > width or size[1] > height
-    chosen = interpolation or ("lanczos" if grows else "area")
+    chosen = filter_of((width, height), size, interpolation)
     if chosen == "lanczos":
         return np.asarray(Image.fromarray(pixels).resize(size, Image.Resampling.LANCZOS))
     import cv2
@@ -236,6 +242,14 @@ def resize(pixels: Pixels, size: Size, interpolation: str | None = None) -> Pixe
     }
     resized: Pixels = cv2.resize(pixels, size, interpolation=filters[chosen])
     return resized
+
+
+def filter_of(source: Size, target: Size, interpolation: str | None = None) -> str:
+    """The filter that :func:`resize` uses from ``source`` to ``target``; ``none`` where nothing is resized."""
+    if source == target:
+        return "none"
+    grows = target[0] > source[0] or target[1] > source[1]
+    return interpolation or ("lanczos" if grows else "area")
 
 
 def jitter_colour(pixels: Pixels, rng: Random) -> Pixels:

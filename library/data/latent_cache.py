@@ -1,31 +1,15 @@
-"""Latents of the whole training set in memory, encoded once before training (``--cache_latents``).
+"""Latents of the whole training set in memory, encoded once before training (``--cache_latents``)."""
 
-Mean and standard deviation of the VAE's posterior are kept rather than one sample, so that every use of an image draws
-its own, as it does without a cache.
-"""
-
-import os
-from collections import Counter, defaultdict, deque
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from concurrent.futures import Future, ThreadPoolExecutor
-from dataclasses import dataclass
-from itertools import groupby
-from typing import Final, TypeAlias
+from collections import Counter
+from collections.abc import Mapping
 
 import torch
 from torch import Tensor
-from tqdm import tqdm
 
-from library.data.images import ImageView, Pixels, load_view, to_tensor
+from library.data.images import ImageView
+from library.data.latent_encoding import Encode, Posterior, Use, encoded, uses_of
 from library.data.setup import TrainingData
 from library.data.spec import Size
-from library.errors import Problem, UserError, raise_if_any
-
-Encode: TypeAlias = Callable[[Tensor], tuple[Tensor, Tensor]]
-"""Pixels (B, 3, H, W) in -1..1 -> mean and standard deviation of the posterior, (B, C, h, w), not scaled."""
-
-_MAX_DECODING_THREADS: Final = 4
-_BATCHES_AHEAD: Final = 2
 
 
 class LatentCache:
@@ -57,7 +41,7 @@ class LatentCache:
     def fill(cls, data: TrainingData, encode: Encode, *, batch_size: int, progress: bool = True) -> "LatentCache":
         """Encode every image of ``data`` once, and mirrored too where its subset asks for ``flip_aug``.
 
-        Images are decoded ahead by a few threads while a batch is encoded. Every process of a run fills its own cache.
+        Every process of a run fills its own cache.
 
         Args:
             data: The training set, without random crops or colour augmentation.
@@ -68,74 +52,11 @@ class LatentCache:
         Raises:
             UserError: Images cannot be read (all of them are named) or encode to values that are not finite.
         """
-        uses = _uses(data)
-        filling = _Filling(uses, encode)
-        problems: list[Problem] = []
-        with tqdm(total=len(uses), desc="caching latents", unit="image", disable=not progress) as bar:
-            for views, decoded in _decoded_batches(uses, batch_size):
-                problems += [problem for one in decoded if isinstance(one, UserError) for problem in one.problems]
-                if not problems:
-                    images = torch.stack([to_tensor(one) for one in decoded if not isinstance(one, UserError)])
-                    filling.add(views, images)
-                bar.update(len(views))
-        raise_if_any(problems)
+        uses = uses_of(data)
+        filling = _Filling(uses)
+        for view, posterior in encoded(uses, encode, batch_size=batch_size, progress=progress):
+            filling.add(view, posterior)
         return cls(filling.stacks, filling.rows)
-
-
-@dataclass(frozen=True, slots=True)
-class _Use:
-    """The records (by position) that share an image's pixels, and whether one of them is also needed mirrored."""
-
-    records: tuple[int, ...]
-    flip: bool
-
-
-def _uses(data: TrainingData) -> dict[ImageView, _Use]:
-    """What to encode, bucket by bucket."""
-    records: defaultdict[ImageView, list[int]] = defaultdict(list)
-    for number in dict.fromkeys(data.examples):
-        rules = data.rules_of(data.records[number]).augment
-        assert not rules.random_crop, "refused with the options: a cache knows one crop"
-        assert not rules.color_aug, "refused with the options: a cache knows one colour"
-        records[data.view(number)].append(number)
-    return {
-        view: _Use(
-            tuple(records[view]), any(data.rules_of(data.records[one]).augment.flip_aug for one in records[view])
-        )
-        for view in sorted(records, key=lambda view: view.placement.bucket)
-    }
-
-
-def _decoded_batches(
-    views: Iterable[ImageView], batch_size: int
-) -> Iterator[tuple[list[ImageView], list[Pixels | UserError]]]:
-    """Batches of one bucket each, with their pixels; decoded ahead of their use."""
-    batches = [
-        batch
-        for _, group in groupby(views, key=lambda view: view.placement.bucket)
-        for batch in _cut(list(group), batch_size)
-    ]
-    threads = min(_MAX_DECODING_THREADS, os.cpu_count() or 1)
-    with ThreadPoolExecutor(threads) as pool:
-        pending: deque[tuple[list[ImageView], list[Future[Pixels | UserError]]]] = deque()
-        for batch in batches:
-            pending.append((batch, [pool.submit(_decoded, view) for view in batch]))
-            if len(pending) > _BATCHES_AHEAD:
-                ready, futures = pending.popleft()
-                yield ready, [future.result() for future in futures]
-        for ready, futures in pending:
-            yield ready, [future.result() for future in futures]
-
-
-def _decoded(view: ImageView) -> Pixels | UserError:
-    try:
-        return load_view(view)
-    except UserError as error:
-        return error
-
-
-def _cut(views: list[ImageView], length: int) -> list[list[ImageView]]:
-    return [views[start : start + length] for start in range(0, len(views), length)]
 
 
 class _Filling:
@@ -144,48 +65,30 @@ class _Filling:
     The latents of a bucket lie in one tensor each: thousands of small ones would need a handle each in every worker.
     """
 
-    def __init__(self, uses: Mapping[ImageView, _Use], encode: Encode) -> None:
+    def __init__(self, uses: Mapping[ImageView, Use]) -> None:
         self.stacks: dict[Size, tuple[Tensor, Tensor]] = {}
         self.rows: dict[tuple[int, bool], tuple[Size, int]] = {}
         self._uses = uses
-        self._encode = encode
         self._size = Counter[Size]()
         for view, use in uses.items():
             self._size[view.placement.bucket] += 1 + use.flip
         self._used = Counter[Size]()
 
-    def add(self, views: Sequence[ImageView], images: Tensor) -> None:
-        """Encode ``images`` (B, 3, H, W) of ``views``, and mirrored where that is needed."""
-        self._add(views, images, flipped=False)
-        to_flip = [position for position, view in enumerate(views) if self._uses[view].flip]
-        if to_flip:
-            self._add([views[position] for position in to_flip], images[to_flip].flip(-1), flipped=True)
+    def add(self, view: ImageView, posterior: Posterior) -> None:
+        """Keep the posterior of ``view``."""
+        self._add(view, (posterior.mean, posterior.std), flipped=False)
+        if posterior.mirrored is not None:
+            self._add(view, posterior.mirrored, flipped=True)
 
-    def _add(self, views: Sequence[ImageView], images: Tensor, *, flipped: bool) -> None:
-        mean, std = (latents.detach().to("cpu", torch.float32) for latents in self._encode(images))
-        _require_finite(views, mean, std)
-        bucket = views[0].placement.bucket
+    def _add(self, view: ImageView, pair: tuple[Tensor, Tensor], *, flipped: bool) -> None:
+        bucket = view.placement.bucket
         if bucket not in self.stacks:
             rows = self._size[bucket]
-            self.stacks[bucket] = (torch.empty(rows, *mean.shape[1:]), torch.empty(rows, *std.shape[1:]))
-        first = self._used[bucket]
-        self._used[bucket] += len(views)
-        for stack, latents in zip(self.stacks[bucket], (mean, std), strict=True):
-            stack[first : first + len(views)] = latents
-        for row, view in enumerate(views, first):
-            for record in self._uses[view].records:
-                self.rows[record, flipped] = (bucket, row)
-
-
-def _require_finite(views: Sequence[ImageView], mean: Tensor, std: Tensor) -> None:
-    raise_if_any(
-        [
-            Problem(
-                "the VAE encodes the image to values that are not finite",
-                str(view.path),
-                "Use --no_half_vae, or another --vae; if it is this image alone, replace it.",
-            )
-            for view, one_mean, one_std in zip(views, mean, std, strict=True)
-            if not bool(torch.isfinite(one_mean).all() and torch.isfinite(one_std).all())
-        ]
-    )
+            mean, std = (torch.empty(rows, *latents.shape) for latents in pair)
+            self.stacks[bucket] = (mean, std)
+        row = self._used[bucket]
+        self._used[bucket] += 1
+        for stack, latents in zip(self.stacks[bucket], pair, strict=True):
+            stack[row] = latents
+        for record in self._uses[view].records:
+            self.rows[record, flipped] = (bucket, row)

@@ -8,8 +8,11 @@ from collections.abc import Iterator, Sequence
 from typing import Final
 
 from library.data.buckets import Placement, bucket_resolutions, place
+from library.data.face_crop import face_of
 from library.data.findings import Finding, error, warning
 from library.data.folders import explain_image_dir
+from library.data.lint_captions import lint_captions, lint_rules
+from library.data.mask_files import lint_masks
 from library.data.records import ImageRecord
 from library.data.spec import DatasetSpec, DataSpec, Size, SubsetSpec
 from library.errors import UserError
@@ -21,7 +24,8 @@ _MOST_ENLARGED: Final = 2.0
 _MOST_CROPPED: Final = 0.3
 _MOST_REPEATS: Final = 1000
 _MOST_REGULARISATION_REPEATS: Final = 20
-_ALIKE_AT_LEAST: Final = 5
+_HUGE_SIDE: Final = 4096
+_HUGE_FACTOR: Final = 30
 
 
 def lint(spec: DataSpec, records: Sequence[ImageRecord]) -> list[Finding]:
@@ -37,15 +41,18 @@ def lint(spec: DataSpec, records: Sequence[ImageRecord]) -> list[Finding]:
         for position, subset in enumerate(dataset.subsets):
             images = [record for record in own if record.subset == position]
             findings.extend(_lint_subset(subset, images))
-            findings.extend(_lint_sizes(dataset, subset, images))
+            findings.extend(lint_masks(subset, images))
+            findings.extend(_lint_sizes(dataset, subset, [record for record in images if record.bucket is None]))
         findings.extend(_lint_regularisation(dataset, own))
+        findings.extend(_lint_batches(dataset, own))
     return findings
 
 
 def _lint_subset(subset: SubsetSpec, records: Sequence[ImageRecord]) -> Iterator[Finding]:
     named_by_flag = subset.where.startswith("--")
     setting = "a folder '{}'" if named_by_flag else "image_dir = '{}'"
-    if advice := explain_image_dir(subset.image_dir, setting=setting):
+    # The keys of a metadata file may lead anywhere; those that lead nowhere were named with the records.
+    if subset.metadata_file is None and (advice := explain_image_dir(subset.image_dir, setting=setting)):
         remedy = advice.remedy
         if named_by_flag:
             remedy = f"Put the images directly into '{subset.image_dir}', or remove that folder."
@@ -58,39 +65,20 @@ def _lint_subset(subset: SubsetSpec, records: Sequence[ImageRecord]) -> Iterator
             "For longer training raise the number of steps or epochs instead.",
         )
     if not subset.is_reg:
-        yield from _lint_captions(subset, records)
-
-
-def _lint_captions(subset: SubsetSpec, records: Sequence[ImageRecord]) -> Iterator[Finding]:
-    rules = subset.captions
-    texts = Counter(record.caption for record in records if record.has_caption_file and record.caption)
-    if len(texts) == 1 and texts.total() >= _ALIKE_AT_LEAST:
-        yield warning(
-            f"all {texts.total()} captions in '{subset.name}' are the same: {_quoted(next(iter(texts)))}",
-            subset.where,
-            "Describe in each caption what is in its image, or use class_tokens alone if one text is meant for all.",
-        )
-    choices = [record for record in records if "{" in record.caption and "|" in record.caption]
-    if choices and not rules.enable_wildcard:
-        yield warning(
-            f"captions in '{subset.name}' look like wildcards, which are off: {_quoted(choices[0].caption)}",
-            subset.where,
-            "Set enable_wildcard = true.",
-        )
-    moves = rules.shuffle_caption or rules.caption_tag_dropout_rate > 0 or rules.token_warmup_step > 0
-    mark = rules.keep_tokens_separator
-    if mark and not moves and any(mark in record.caption for record in records):
-        yield warning(
-            f"the keep_tokens_separator '{mark}' stays in the captions of '{subset.name}': no tag is moved or dropped",
-            subset.where,
-            "Set shuffle_caption = true, or leave the mark out of the captions.",
-        )
+        yield from lint_captions(subset, records)
+        yield from lint_rules(subset)
 
 
 def _lint_sizes(dataset: DatasetSpec, subset: SubsetSpec, records: Sequence[ImageRecord]) -> Iterator[Finding]:
     if not dataset.buckets.enable_bucket:
         yield from _lint_equal_sizes(dataset.resolution, subset, records)
         return
+    if subset.augment.face_crop_aug_range is not None:
+        yield warning(
+            f"face_crop_aug_range has no effect with buckets (images '{subset.name}')",
+            subset.where,
+            "Leave it out, or train without buckets.",
+        )
     placements, findings = _place(dataset, records)
     yield from findings
     placed = [(record, placements[record.size]) for record in records if record.size in placements]
@@ -110,6 +98,20 @@ def _lint_sizes(dataset: DatasetSpec, subset: SubsetSpec, records: Sequence[Imag
             subset.where,
             "Crop them to a less extreme shape, or use a lower min_bucket_reso and a higher max_bucket_reso.",
         )
+
+    area = dataset.resolution[0] * dataset.resolution[1]
+    huge = [record for record in records if _is_huge(record.size, area)]
+    if huge:
+        yield warning(
+            f"{len(huge)} of {len(records)} images in '{subset.name}' are huge for this resolution and slow to read: "
+            f"{_named(huge)}",
+            subset.where,
+            "Shrink them once, to about twice the resolution, or give --cache_latents.",
+        )
+
+
+def _is_huge(size: Size, area: int) -> bool:
+    return max(size) > _HUGE_SIDE and size[0] * size[1] > _HUGE_FACTOR * area
 
 
 def _place(dataset: DatasetSpec, records: Sequence[ImageRecord]) -> tuple[dict[Size, Placement], list[Finding]]:
@@ -137,12 +139,24 @@ def _enlargement(record: ImageRecord, placement: Placement) -> float:
 
 def _lint_equal_sizes(resolution: Size, subset: SubsetSpec, records: Sequence[ImageRecord]) -> Iterator[Finding]:
     """Without buckets an image has the resolution; a larger one may be cropped at random."""
+    crops_faces = subset.augment.face_crop_aug_range is not None
+    has_face = [crops_faces and face_of(record.path.stem) is not None for record in records]
+    if crops_faces and records and not any(has_face):
+        yield warning(
+            f"face_crop_aug_range is set, but no image in '{subset.name}' has the place of a face in its name",
+            subset.where,
+            "Name the images name_cx_cy_w_h (centre and size of the face in pixels), or leave out face_crop_aug_range.",
+        )
 
-    def fits(size: Size) -> bool:
+    def fits(size: Size, is_cropped: bool) -> bool:
         covers = size[0] >= resolution[0] and size[1] >= resolution[1]
-        return size == resolution or (subset.augment.random_crop and covers)
+        return size == resolution or (is_cropped and covers)
 
-    wrong = [record for record in records if not fits(record.size)]
+    wrong = [
+        record
+        for record, face in zip(records, has_face, strict=True)
+        if not fits(record.size, subset.augment.random_crop or face)
+    ]
     if not wrong:
         return
     examples = ", ".join(f"{record.path.name} {record.size[0]}x{record.size[1]}" for record in wrong[:_MOST_NAMED])
@@ -156,6 +170,36 @@ def _lint_equal_sizes(resolution: Size, subset: SubsetSpec, records: Sequence[Im
         subset.where,
         f"Give --enable_bucket (enable_bucket = true in a dataset file){only}, or resize the images.",
     )
+
+
+def _lint_batches(dataset: DatasetSpec, records: Sequence[ImageRecord]) -> Iterator[Finding]:
+    """Batches that are never full because there are too few images, or too few of one shape."""
+    if not records:
+        return
+    total = sum(record.repeats for record in records)
+    if total < dataset.batch_size:
+        yield warning(
+            f"batch_size {dataset.batch_size} is never reached: an epoch holds {total} images (repeats counted)",
+            dataset.where,
+            f"Lower batch_size to {total} or less, or use more images or repeats.",
+        )
+        return
+    placements, _ = _place(dataset, [record for record in records if record.bucket is None])
+    counts: Counter[Size] = Counter()
+    for record in records:
+        bucket = record.bucket or (placements[record.size].bucket if record.size in placements else None)
+        if bucket is not None:
+            counts[bucket] += record.repeats
+    small = [(size, count) for size, count in sorted(counts.items()) if count < dataset.batch_size]
+    if small and dataset.buckets.enable_bucket:
+        named = ", ".join(f"{size[0]}x{size[1]} ({count})" for size, count in small[:_MOST_NAMED])
+        more = f" and {len(small) - _MOST_NAMED} more" if len(small) > _MOST_NAMED else ""
+        yield warning(
+            f"{len(small)} of {len(counts)} buckets hold fewer images (repeats counted) than batch_size "
+            f"{dataset.batch_size}, so their batches are smaller: {named}{more}",
+            dataset.where,
+            "They are trained all the same; for full batches crop images to common shapes, or raise their repeats.",
+        )
 
 
 def _lint_regularisation(dataset: DatasetSpec, records: Sequence[ImageRecord]) -> Iterator[Finding]:
@@ -190,8 +234,3 @@ def _lint_regularisation(dataset: DatasetSpec, records: Sequence[ImageRecord]) -
 def _named(records: Sequence[ImageRecord]) -> str:
     more = f" and {len(records) - _MOST_NAMED} more" if len(records) > _MOST_NAMED else ""
     return ", ".join(record.path.name for record in records[:_MOST_NAMED]) + more
-
-
-def _quoted(text: str) -> str:
-    first = text.split("\n")[0]
-    return f"'{first[:80]}…'" if len(first) > 80 else f"'{first}'"

@@ -6,9 +6,6 @@ from pathlib import Path
 from library.errors import Problem
 from library.options import option, parse_range, parse_size
 
-_METADATA = "data sets described by a metadata file"
-_MASKS = "masked loss"
-_DISK_CACHE = "latent cache on disk"
 _VALIDATION = "validation images"
 
 
@@ -31,7 +28,10 @@ class SourceOptions:
         None, metavar="DIR", help="Folder that holds the folders of regularisation images, each named 'repeats_class'."
     )
     in_json: Path | None = option(
-        None, metavar="FILE", later=_METADATA, help="Metadata file with the captions of the images in --train_data_dir."
+        None,
+        metavar="FILE",
+        help="Metadata file (.json or .jsonl) with the captions of the images in --train_data_dir, which then is the "
+        "folder of the images themselves.",
     )
     dataset_class: str | None = option(
         None,
@@ -46,12 +46,34 @@ class SourceOptions:
         False, later="the index of image sizes and captions", help="Remember image sizes and captions between runs."
     )
     conditioning_data_dir: Path | None = option(
-        None, metavar="DIR", later=_MASKS, help="Folder of mask images named like the training images."
+        None,
+        metavar="DIR",
+        help="With --masked_loss: folder of mask images named like the training images, or of folders named like "
+        "theirs; white is learnt, black is not.",
     )
-    masked_loss: bool = option(False, later=_MASKS, help="Multiply the loss by a mask for each image.")
+    masked_loss: bool = option(
+        False, help="Multiply the loss by masks, from --conditioning_data_dir or with --alpha_mask."
+    )
     prior_loss_weight: float = option(1.0, minimum=0, help="Weight of the loss of regularisation images.")
     debug_dataset: bool = option(
-        False, later="pictures of the data set", help="Show what would be trained on, then end without training."
+        False,
+        help="Write a page and pictures that show what would be trained on, batch by batch, to the folder "
+        "dataset_preview in --output_dir, then end without training.",
+    )
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class CheckOptions:
+    """Checking without training."""
+
+    dry_run: bool = option(
+        False, help="Check everything, show on one screen what a run would do, and end before the models are loaded."
+    )
+    validate_dataset: str | None = option(
+        None,
+        choices=("text", "json"),
+        help="Look into every image and caption of the data set, say what is wrong with it as text or as JSON, and "
+        "end: with exit code 2 where there are errors.",
     )
 
 
@@ -98,10 +120,11 @@ class ImageOptions:
         None,
         metavar="MIN,MAX",
         parse=parse_range,
-        later="cropping around faces",
-        help="Crop around the face whose place the file name gives, with a scale between these two.",
+        above=0,
+        help="Crop around the face whose place the file name gives (name_cx_cy_w_h), to between MIN and MAX times its "
+        "size; only without buckets.",
     )
-    alpha_mask: bool = option(False, later=_MASKS, help="Use an image's transparency as its mask for the loss.")
+    alpha_mask: bool = option(False, help="Use an image's transparency as its mask for the loss.")
 
     def problems(self) -> list[Problem]:
         """Relations inside the group."""
@@ -198,17 +221,22 @@ class CacheOptions:
         1, minimum=1, synonyms={0: 1}, metavar="N", help="Images encoded at a time by the VAE."
     )
     cache_latents_to_disk: bool = option(
-        False, later=_DISK_CACHE, help="Keep the latents in files beside the images; switches --cache_latents on."
+        False, help="Keep the latents in files beside the images; switches --cache_latents on."
     )
     skip_cache_check: bool = option(
-        False, later=_DISK_CACHE, help="Use cache files without comparing their content with the images."
+        False, help="Use cache files by their names alone, without asking which images and settings they come from."
     )
 
     def notices(self) -> list[str]:
         """What is switched on along with another option."""
+        found = []
         if self.cache_latents_to_disk and not self.cache_latents:
-            return ["--cache_latents_to_disk switches --cache_latents on"]
-        return []
+            found.append("--cache_latents_to_disk switches --cache_latents on")
+        if self.skip_cache_check and self.cache_latents_to_disk:
+            found.append("--skip_cache_check: cache files made of other images or settings would go unnoticed")
+        elif self.skip_cache_check:
+            found.append("--skip_cache_check has no effect without --cache_latents_to_disk")
+        return found
 
     def settled(self) -> "CacheOptions":
         """The same, with ``cache_latents`` on wherever latents are cached to disk."""

@@ -19,9 +19,13 @@ from library.data.caption_files import (
 from library.data.findings import Finding, Severity, error, warning
 from library.data.folders import UNREAD_IMAGE_SUFFIXES, is_image
 from library.data.image_headers import UnreadableImageError, displayed_size
+from library.data.mask_files import find_masks, unused_masks
+from library.data.metadata import DescribedImage, described_images, unlisted_images
 from library.data.spec import DatasetSpec, DataSpec, Size, SubsetSpec
 
 _MOST_NAMED: Final = 5
+_NEAR_AREA: Final = 1.3
+"""Buckets of one resolution differ in area by less than this factor."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -32,11 +36,15 @@ class ImageRecord:
         path: The file, as it can be opened from the current directory.
         size: Size as displayed (EXIF orientation applied), in pixels.
         caption: First line of the caption file, or all its lines when wildcards are on; else the class tokens; else "".
+            With a metadata file, what that says.
         has_caption_file: Whether the caption came from a file.
         dataset: Position of its data set.
         subset: Position of its subset within the data set.
         is_reg: A regularisation image.
         repeats: How often an epoch holds it, at least 1, after regularisation images were balanced.
+        tags: Its tags alone, where a metadata file tells them apart from the caption.
+        bucket: Size to train it at, where a metadata file decides that.
+        mask: Image of what each of its pixels weighs in the loss.
     """
 
     path: Path
@@ -47,6 +55,9 @@ class ImageRecord:
     subset: int
     is_reg: bool
     repeats: int
+    tags: str | None = None
+    bucket: Size | None = None
+    mask: Path | None = None
 
 
 def scan(spec: DataSpec) -> tuple[tuple[ImageRecord, ...], tuple[Finding, ...]]:
@@ -64,39 +75,82 @@ def scan(spec: DataSpec) -> tuple[tuple[ImageRecord, ...], tuple[Finding, ...]]:
             for position, subset in enumerate(dataset.subsets)
             for record in _scan_subset(subset, (number, position), sizes, findings)
         ]
+        of_dataset = _with_sizes_of_metadata(of_dataset, dataset, findings)
         records.extend(_balanced(of_dataset, dataset, findings))
+    subsets = [subset for dataset in spec.datasets for subset in dataset.subsets]
+    findings.extend(unused_masks(subsets, {record.mask for record in records if record.mask is not None}))
+    described = [subset for subset in subsets if subset.metadata_file is not None]
+    if described:
+        used = {record.path for record in records}
+        findings.extend(finding for subset in described for finding in unlisted_images(subset, used))
     return tuple(records), tuple(dict.fromkeys(findings))
 
 
 def _scan_subset(
     subset: SubsetSpec, position: tuple[int, int], sizes: dict[Path, Size | None], findings: list[Finding]
 ) -> Iterator[ImageRecord]:
-    """The records of one folder. ``sizes`` remembers images (None: unreadable) that other data sets share."""
-    names = _file_names(subset.image_dir)
-    images = sorted(name for name in names if is_image(name))
-    findings.extend(_unread_formats(names, subset))
-    captions, caption_findings = _read_captions(images, names, subset)
-    findings.extend(caption_findings)
+    """The records of one subset. ``sizes`` remembers images (None: unreadable) that other data sets share."""
+    images, image_findings = _images_in_folder(subset) if subset.metadata_file is None else described_images(subset)
+    findings.extend(image_findings)
+    masks, mask_findings = find_masks([image.path for image in images], subset)
+    findings.extend(mask_findings)
     damaged: list[Finding] = []
-    for name in images:
-        path = subset.image_dir / name
+    for image, mask in zip(images, masks, strict=True):
+        path = image.path
         if path not in sizes:
             sizes[path] = _size_or_finding(path, damaged)
         size = sizes[path]
         if size is None:
             continue
-        found = captions.get(name)
         yield ImageRecord(
             path=path,
             size=size,
-            caption=found.text if found else subset.class_tokens or "",
-            has_caption_file=found is not None,
+            caption=subset.class_tokens or "" if image.caption is None else image.caption,
+            has_caption_file=image.caption is not None,
             dataset=position[0],
             subset=position[1],
             is_reg=subset.is_reg,
             repeats=subset.num_repeats,
+            tags=image.tags,
+            bucket=image.bucket,
+            mask=mask,
         )
     findings.extend(_shortened(damaged, "images that cannot be read", subset))
+
+
+def _images_in_folder(subset: SubsetSpec) -> tuple[list[DescribedImage], list[Finding]]:
+    """The images of a folder with what the caption files beside them say."""
+    names = _file_names(subset.image_dir)
+    images = sorted(name for name in names if is_image(name))
+    captions, findings = _read_captions(images, names, subset)
+    texts = {name: caption.text for name, caption in captions.items()}
+    described = [DescribedImage(subset.image_dir / name, texts.get(name)) for name in images]
+    return described, [*_unread_formats(names, subset), *findings]
+
+
+def _with_sizes_of_metadata(
+    records: list[ImageRecord], dataset: DatasetSpec, findings: list[Finding]
+) -> list[ImageRecord]:
+    """``records``, trained at the sizes that metadata files give unless the data set's rules exclude that."""
+    sizes = {record.bucket for record in records if record.bucket}
+    if not sizes:
+        return records
+    if dataset.buckets.bucket_no_upscale:
+        what = "train_resolution in the metadata is not used: with bucket_no_upscale the images decide their buckets"
+        findings.append(warning(what, dataset.where, "Leave out bucket_no_upscale to use it."))
+        return [replace(record, bucket=None) for record in records]
+    area = dataset.resolution[0] * dataset.resolution[1]
+    largest = max(sizes, key=lambda size: size[0] * size[1])
+    if not area / _NEAR_AREA <= largest[0] * largest[1] <= area * _NEAR_AREA:
+        findings.append(
+            warning(
+                f"the metadata says to train at up to {largest[0]}x{largest[1]}, and that is done, although the "
+                f"resolution is {dataset.resolution[0]}x{dataset.resolution[1]}",
+                dataset.where,
+                "Remove train_resolution from the metadata to follow the resolution.",
+            )
+        )
+    return records
 
 
 def _file_names(folder: Path) -> list[str]:

@@ -187,7 +187,7 @@ KEYS: Final[Mapping[str, Key]] = MappingProxyType(
             Key("color_aug", BOOLEAN, _ANYWHERE, False, flag="color_aug"),
             Key("random_crop", BOOLEAN, _ANYWHERE, False, flag="random_crop"),
             Key("enable_wildcard", BOOLEAN, _ANYWHERE, False, flag="enable_wildcard"),
-            Key("face_crop_aug_range", RANGE, _ANYWHERE, flag="face_crop_aug_range", later="cropping around faces"),
+            Key("face_crop_aug_range", RANGE, _ANYWHERE, flag="face_crop_aug_range"),
             Key("keep_tokens", COUNT, _ANYWHERE, 0, flag="keep_tokens"),
             Key("keep_tokens_separator", TEXT, _ANYWHERE, "", flag="keep_tokens_separator"),
             Key("secondary_separator", TEXT, _ANYWHERE, "", flag="secondary_separator"),
@@ -205,9 +205,9 @@ KEYS: Final[Mapping[str, Key]] = MappingProxyType(
             Key("cache_info", BOOLEAN, _ANYWHERE, False, flag="cache_info", later="a list of images kept in a file"),
             Key("image_dir", PATH, _SUBSET),
             Key("is_reg", BOOLEAN, _SUBSET, False),
-            Key("alpha_mask", BOOLEAN, _SUBSET, False, flag="alpha_mask", later="masking the loss by transparency"),
-            Key("metadata_file", PATH, _SUBSET, later="a data set described by a metadata file"),
-            Key("conditioning_data_dir", PATH, _SUBSET, later="masks in a folder of their own"),
+            Key("alpha_mask", BOOLEAN, _SUBSET, False, flag="alpha_mask"),
+            Key("metadata_file", PATH, _SUBSET),
+            Key("conditioning_data_dir", PATH, _SUBSET),
         )
     }
 )

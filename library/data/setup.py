@@ -2,14 +2,17 @@
 
 from collections import Counter, defaultdict
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
-from library.data.buckets import Placement, aspect_error, bucket_resolutions, place
+from library.data.buckets import Placement, aspect_error, bucket_resolutions, cover, place
+from library.data.captions import caption_for
 from library.data.epoch_plan import EpochPlan, PlanBucket
+from library.data.face_crop import Face, face_of
 from library.data.images import ImageView
 from library.data.records import ImageRecord
 from library.data.spec import AugmentRules, CaptionRules, DatasetSpec, DataSpec, Size, SubsetSpec
 from library.errors import Problem, UserError, raise_if_any
+from library.randomness import python_random
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -20,11 +23,13 @@ class SubsetRules:
         captions: Caption rules.
         augment: Augmentation rules.
         resize_interpolation: Name of the resize filter; None chooses by scale.
+        alpha_mask: The alpha channel weighs the loss.
     """
 
     captions: CaptionRules
     augment: AugmentRules
     resize_interpolation: str | None
+    alpha_mask: bool = False
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -79,6 +84,20 @@ class TrainingData:
         interpolation = self.rules_of(record).resize_interpolation
         return ImageView(record.path, record.size, self.placements[number], interpolation)
 
+    def caption(self, example: int, *, seed: int, epoch: int, step: int, total_steps: int) -> str:
+        """The caption of ``example`` in ``epoch`` (from 1) at optimizer step ``step`` (from 0), as it is trained on."""
+        record = self.records[self.examples[example]]
+        rng = python_random(seed, "caption", epoch, example)
+        rules = self.rules_of(record).captions
+        return caption_for(record.caption, rules, rng, epoch=epoch, step=step, total_steps=total_steps)
+
+    def face(self, number: int) -> Face | None:
+        """The face that the crops of the record at position ``number`` follow; None where they do not."""
+        record = self.records[number]
+        if record.bucket is not None or self.rules_of(record).augment.face_crop_aug_range is None:
+            return None
+        return face_of(record.path.stem)
+
     def names(self, examples: Iterable[int]) -> list[str]:
         """The file names of ``examples``, for messages: without their folders."""
         return [self.records[self.examples[example]].path.name for example in examples]
@@ -122,7 +141,14 @@ def prepare_data(spec: DataSpec, records: Sequence[ImageRecord]) -> TrainingData
         placements=placements,
         rules={
             (dataset_number, subset_number): SubsetRules(
-                captions=subset.captions, augment=subset.augment, resize_interpolation=subset.resize_interpolation
+                captions=subset.captions,
+                augment=(
+                    replace(subset.augment, face_crop_aug_range=None)
+                    if dataset.buckets.enable_bucket
+                    else subset.augment
+                ),
+                resize_interpolation=subset.resize_interpolation,
+                alpha_mask=subset.alpha_mask,
             )
             for dataset_number, dataset in enumerate(spec.datasets)
             for subset_number, subset in enumerate(dataset.subsets)
@@ -132,18 +158,23 @@ def prepare_data(spec: DataSpec, records: Sequence[ImageRecord]) -> TrainingData
     )
 
 
+def _effective(augment: AugmentRules, dataset: DatasetSpec) -> AugmentRules:
+    """``augment`` without what buckets exclude."""
+    return replace(augment, face_crop_aug_range=None) if dataset.buckets.enable_bucket else augment
+
+
 def _placements(spec: DataSpec, records: Sequence[ImageRecord]) -> tuple[Placement, ...]:
     resolutions = [bucket_resolutions(dataset.resolution, dataset.buckets) for dataset in spec.datasets]
-    known: dict[tuple[int, int, Size], Placement] = {}
+    known: dict[tuple[int, int, Size, Size | None], Placement] = {}
     placements: list[Placement] = []
     problems: list[Problem] = []
     for record in records:
-        address = (record.dataset, record.subset, record.size)
+        address = (record.dataset, record.subset, record.size, record.bucket)
         if address not in known:
             dataset = spec.datasets[record.dataset]
             subset = dataset.subsets[record.subset]
             try:
-                known[address] = _placement(record.size, dataset, subset, resolutions[record.dataset])
+                known[address] = _placement(record, dataset, subset, resolutions[record.dataset])
             except UserError as error:
                 problems += [Problem(problem.what, str(record.path), problem.remedy) for problem in error.problems]
                 continue
@@ -152,11 +183,15 @@ def _placements(spec: DataSpec, records: Sequence[ImageRecord]) -> tuple[Placeme
     return tuple(placements)
 
 
-def _placement(size: Size, dataset: DatasetSpec, subset: SubsetSpec, resolutions: Sequence[Size]) -> Placement:
-    resolution = dataset.resolution
+def _placement(record: ImageRecord, dataset: DatasetSpec, subset: SubsetSpec, resolutions: Sequence[Size]) -> Placement:
+    resolution, size = dataset.resolution, record.size
+    if record.bucket is not None:
+        return Placement(record.bucket, cover(size, record.bucket))
     covers = size[0] >= resolution[0] and size[1] >= resolution[1]
-    if covers and subset.augment.random_crop and not dataset.buckets.enable_bucket:
-        # A random crop without buckets shows details of a large image at their own size.
+    crops = subset.augment.random_crop or subset.augment.face_crop_aug_range is not None
+    if covers and crops and not dataset.buckets.enable_bucket:
+        # A random crop without buckets shows details of a large image at their own size; a crop around a face is drawn
+        # anew each time.
         return Placement(resolution, size)
     return place(size, resolution, dataset.buckets, resolutions)
 

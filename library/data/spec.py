@@ -90,11 +90,11 @@ def _no_attributes() -> Mapping[str, Any]:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class SubsetSpec:
-    """One folder of images and what is done with them.
+    """One folder of images, or the images of one metadata file, and what is done with them.
 
     Attributes:
         image_dir: The folder, as it can be opened from the current directory.
-        name: The folder's own name, shown in metadata and messages.
+        name: The folder's own name, or that of the metadata file; shown in metadata and messages.
         where: Where it was asked for: ``file:line`` or a flag.
         class_tokens: Caption of images without a caption file; None when there is none.
         is_reg: Regularisation images.

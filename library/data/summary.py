@@ -4,10 +4,11 @@ Folders are called by their own name; no path leaves the machine in a file.
 """
 
 import json
-from collections import Counter
-from collections.abc import Iterable, Mapping, Sequence
+from collections import Counter, defaultdict
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any, Final
 
+from library.data.folders import shown_name
 from library.data.records import ImageRecord
 from library.data.setup import TrainingData
 from library.data.spec import DatasetSpec, DataSpec, Size, SubsetSpec
@@ -73,7 +74,7 @@ def _describe_dataset(number: int, dataset: DatasetSpec, data: TrainingData) -> 
     rules = dataset.buckets
     own = [record for record in data.records if record.dataset == number]
     return {
-        "is_dreambooth": True,
+        "is_dreambooth": all(subset.metadata_file is None for subset in dataset.subsets),
         "batch_size_per_device": dataset.batch_size,
         "num_train_images": sum(record.repeats for record in own if not record.is_reg),
         "num_reg_images": sum(record.repeats for record in own if record.is_reg),
@@ -93,6 +94,10 @@ def _describe_dataset(number: int, dataset: DatasetSpec, data: TrainingData) -> 
 
 def _describe_subset(subset: SubsetSpec, images: Sequence[ImageRecord]) -> dict[str, Any]:
     rules, augment = subset.captions, subset.augment
+    if subset.metadata_file is None:
+        source = {"image_dir": subset.name, "class_tokens": subset.class_tokens, "is_reg": subset.is_reg}
+    else:
+        source = {"image_dir": shown_name(subset.image_dir), "metadata_file": subset.name}
     return {
         "img_count": len(images),
         "num_repeats": subset.num_repeats,
@@ -107,9 +112,7 @@ def _describe_subset(subset: SubsetSpec, images: Sequence[ImageRecord]) -> dict[
         "caption_prefix": rules.caption_prefix or None,
         "caption_suffix": rules.caption_suffix or None,
         "resize_interpolation": subset.resize_interpolation,
-        "image_dir": subset.name,
-        "class_tokens": subset.class_tokens,
-        "is_reg": subset.is_reg,
+        **source,
     }
 
 
@@ -144,7 +147,7 @@ def _tag_frequency(number: int, dataset: DatasetSpec, data: TrainingData) -> dic
     for position, subset in enumerate(dataset.subsets):
         counter = frequency.setdefault(subset.name, Counter())
         for record in _images_of((number, position), data):
-            counter.update(tag_counts(record.caption))
+            counter.update(tag_counts(record.caption if record.tags is None else record.tags))
     return {name: dict(counter) for name, counter in frequency.items()}
 
 
@@ -170,8 +173,14 @@ def _bucket_counts(number: int, data: TrainingData) -> list[tuple[Size, int]]:
     return [(bucket.resolution, len(bucket.plan.examples)) for bucket in data.buckets if bucket.dataset == number]
 
 
-def startup_table(spec: DataSpec, data: TrainingData) -> str:
-    """What the training set holds: folders, captions with examples, regularisation and buckets; several lines."""
+def startup_table(spec: DataSpec, data: TrainingData, caption_of: Callable[[int], str]) -> str:
+    """What the training set holds: folders, captions with examples, regularisation and buckets; several lines.
+
+    Args:
+        spec: The data sets.
+        data: Their images and buckets.
+        caption_of: The caption of an example as it is trained on.
+    """
     lines: list[str] = []
     for number, dataset in enumerate(spec.datasets):
         width, height = dataset.resolution
@@ -180,12 +189,9 @@ def startup_table(spec: DataSpec, data: TrainingData) -> str:
             lines.append(_subset_line(subset, _images_of((number, position), data)))
         lines.extend(_regularisation_lines([record for record in data.records if record.dataset == number]))
         if dataset.buckets.enable_bucket:
-            lines.extend(
-                f"  bucket {index}: resolution {resolution}, count: {count}"
-                for index, (resolution, count) in enumerate(_bucket_counts(number, data))
-            )
+            lines.extend(_bucket_lines(number, data))
             lines.append(f"  mean ar error (without repeats): {data.mean_aspect_error(number):.4g}")
-    lines.extend(_caption_examples(data))
+    lines.extend(_caption_examples(data, caption_of))
     return "\n".join(lines)
 
 
@@ -194,9 +200,12 @@ def _subset_line(subset: SubsetSpec, images: Sequence[ImageRecord]) -> str:
     role = ", regularisation" if subset.is_reg else ""
     missing = len(images) - found
     tokens = f"'{subset.class_tokens}'" if subset.class_tokens else "an empty caption"
-    captions = f"{found} captions found ({subset.caption_extension})"
+    captions = f"{found} captions found ({subset.caption_extension if subset.metadata_file is None else subset.name})"
     if missing:
         captions += f", {missing} missing: {tokens}"
+    masks = sum(record.mask is not None for record in images)
+    if masks or subset.alpha_mask:
+        captions += f"; masks: {f'{masks} images' if masks else 'transparency'}"
     return f"  {subset.name}: {len(images)} images x {subset.num_repeats} repeats{role}; {captions}"
 
 
@@ -211,12 +220,36 @@ def _regularisation_lines(records: Sequence[ImageRecord]) -> list[str]:
     return [f"  regularisation: {used} for {train} training images an epoch; each is used {each} times"]
 
 
-def _caption_examples(data: TrainingData) -> list[str]:
+def _bucket_lines(dataset: int, data: TrainingData) -> list[str]:
+    """The buckets of a data set with their images, repeats counted, and how much of an image the crop cuts off."""
+    losses: defaultdict[Size, list[tuple[float, str]]] = defaultdict(list)
+    for record, placement in zip(data.records, data.placements, strict=True):
+        if record.dataset == dataset:
+            losses[placement.bucket].append((placement.crop_loss, record.path.name))
+    lines = []
+    for index, (resolution, count) in enumerate(_bucket_counts(dataset, data)):
+        own = losses[resolution]
+        mean = sum(loss for loss, _ in own) / len(own)
+        most, name = max(own)
+        crop = f"crop loss {mean:.1%}, at most {most:.1%} ({name})" if most else "nothing cropped"
+        lines.append(f"  bucket {index}: resolution {resolution}, count: {count}; {crop}")
+    return lines
+
+
+def _caption_examples(data: TrainingData, caption_of: Callable[[int], str]) -> list[str]:
     """The captions of a few images, spread over the set."""
-    records = [record for record in data.records if not record.is_reg]
-    last = len(records) - 1
-    spread = [records[at] for at in sorted({last * part // (_EXAMPLES - 1) for part in range(_EXAMPLES)})]
-    return ["captions, for example:", *(f"  {record.path.name}: {_shortened(record.caption)}" for record in spread)]
+    first_example: dict[int, int] = {}
+    for example, number in enumerate(data.examples):
+        if not data.records[number].is_reg:
+            first_example.setdefault(number, example)
+    numbers = list(first_example)
+    last = len(numbers) - 1
+    spread = [numbers[at] for at in sorted({last * part // (_EXAMPLES - 1) for part in range(_EXAMPLES)})]
+    examples = ((data.records[number].path.name, caption_of(first_example[number])) for number in spread)
+    return [
+        "captions as trained on in epoch 1, for example:",
+        *(f"  {name}: {_shortened(caption)}" for name, caption in examples),
+    ]
 
 
 def _shortened(caption: str) -> str:

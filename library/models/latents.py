@@ -3,12 +3,11 @@
 Latents here are the VAE's own: the U-Net sees them multiplied by ``Variant.latent_scale``.
 """
 
+import hashlib
 from typing import Any
 
 import torch
 from torch import Tensor
-
-from library.errors import UserError
 
 
 @torch.no_grad()
@@ -21,19 +20,23 @@ def encode_images(vae: Any, pixels: Tensor) -> tuple[Tensor, Tensor]:
 
     Returns:
         Mean and standard deviation, (B, 4, H/8, W/8) each, not scaled.
-
-    Raises:
-        UserError: The VAE gave values that are not finite, as SD's does for some images in 16 bits.
     """
     posterior = vae.encode(pixels.to(vae.device, vae.dtype)).latent_dist
     mean, std = posterior.mean.float(), posterior.std.float()
-    if not bool(torch.isfinite(mean).all() & torch.isfinite(std).all()):
-        raise UserError(
-            "the VAE turned an image into values that are not finite",
-            where=f"VAE in {str(vae.dtype).removeprefix('torch.')}",
-            remedy="Add --no_half_vae, or use --mixed_precision=bf16; in 32 bits the VAE's file itself is damaged.",
-        )
     return mean, std
+
+
+def encoder_digest(vae: Any) -> str:
+    """BLAKE2b, 64 bits in hexadecimal, of all that decides what :func:`encode_images` gives: weights and precision.
+
+    The decoder is left out, so that VAEs that differ in it alone, as SD's improved ones do, share their latents.
+    """
+    digest = hashlib.blake2b(digest_size=8)
+    for name, tensor in sorted(vae.state_dict().items()):
+        if name.startswith(("encoder.", "quant_conv.")):
+            digest.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}".encode())
+            digest.update(tensor.detach().cpu().flatten().view(torch.uint8).numpy().data)
+    return digest.hexdigest()
 
 
 def sample_posterior(mean: Tensor, std: Tensor, noise: Tensor) -> Tensor:

@@ -1,6 +1,7 @@
 """The training loop: the only one, for every method. It knows steps, and nothing of diffusion."""
 
 import math
+import random
 import signal
 import threading
 from collections.abc import Callable, Iterable, Iterator, Sequence
@@ -17,7 +18,8 @@ from tqdm import tqdm
 from library.errors import UserError
 from library.randomness import key
 from library.runtime import Runtime
-from library.training.method import Hook, MicroBatch, Moment, RunLength, StepShape, TrainingMethod
+from library.training.method import Hook, MicroBatch, StepShape, TrainingMethod
+from library.training.progress import Moment, RunLength
 from library.training.tracking import LossAverage
 
 MOST_SKIPPED: Final = 40
@@ -136,6 +138,7 @@ def fit(
                 average_loss=average.value,
                 learning_rates=rates,
                 metrics={**method.after_step(step), "gradient_norm": gradient_norm},
+                interrupted=stop,
             )
             progress.set_postfix(avr_loss=f"{average.value:.4f}", lr=_shown_rate(rates), refresh=False)
             progress.update()
@@ -174,8 +177,10 @@ def _accumulate(
     for index, batch in enumerate(micro_batches):
         last = index == len(micro_batches) - 1
         with nullcontext() if last else accelerator.no_sync(module):
-            # Dropout and third-party adapters draw from the global generator: it is set by address, too.
-            torch.manual_seed(key(runtime.seed, "step", batch.step, *batch.examples))
+            # Dropout and third-party adapters draw from the global generators: they are set by address, too.
+            seed = key(runtime.seed, "step", batch.step, *batch.examples)
+            random.seed(seed)
+            torch.manual_seed(seed)
             loss = module(batch).sum()
             # DDP averages gradients over processes: times world makes the sum, and the step's mean is over examples.
             accelerator.backward(loss * (runtime.world / shape.examples))

@@ -3,13 +3,11 @@
 import os
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Literal
+from typing import Literal
 
 from library.errors import Problem
 from library.training.options import SaveOptions
-
-if TYPE_CHECKING:
-    from library.training.method import Moment
+from library.training.progress import Moment
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -110,7 +108,7 @@ class SavePlan:
             keep_steps=options.save_last_n_steps_state or models.keep_steps,
         )
 
-    def due(self, moment: "Moment") -> tuple[SavePoint, ...]:
+    def due(self, moment: Moment) -> tuple[SavePoint, ...]:
         """The occasions to save at ``moment``."""
         points = []
         if self.every_steps and moment.step % self.every_steps == 0:
@@ -131,7 +129,7 @@ class SavePlan:
         return SavePoint(kind=point.kind, number=number) if number is not None else None
 
 
-def finished_epochs(moment: "Moment") -> int:
+def finished_epochs(moment: Moment) -> int:
     """Number of complete epochs at ``moment``."""
     return moment.epoch if moment.epoch_ended else moment.epoch - 1
 

@@ -16,7 +16,7 @@ from library.training.prompt_files import PreviewPrompt
 if TYPE_CHECKING:
     from PIL.Image import Image
 
-    from library.training.method import Moment
+    from library.training.progress import Moment
 
 logger = logging.getLogger(__name__)
 
@@ -63,6 +63,9 @@ class Previews:
 
     def __call__(self, moment: "Moment") -> None:
         """Make the images that are due at ``moment``; a number of epochs wins over a number of steps."""
+        if moment.interrupted:
+            # Whoever stops a run waits for it.
+            return
         epochs, steps = self._options.sample_every_n_epochs, self._options.sample_every_n_steps
         if epochs:
             if moment.epoch_ended and moment.epoch % epochs == 0:

@@ -14,7 +14,7 @@ from library.training.privacy import shown_path
 from library.training.states import TrainingState, write_state
 
 if TYPE_CHECKING:
-    from library.training.method import Moment
+    from library.training.progress import Moment
 
 logger = logging.getLogger(__name__)
 

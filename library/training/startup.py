@@ -16,6 +16,7 @@ class StartFacts:
         batch_sizes: Batch size of each data set, per process.
         accumulation: Batches added up for an optimizer step, per process.
         processes: Number of processes.
+        steps_per_epoch: Optimizer steps of an epoch.
         total_steps: Optimizer steps of the run.
         start_step: Steps already done by an earlier run.
         epochs_asked: Number of epochs that set the length, where epochs were asked for.
@@ -29,6 +30,7 @@ class StartFacts:
     batch_sizes: tuple[int, ...]
     accumulation: int
     processes: int
+    steps_per_epoch: int
     total_steps: int
     start_step: int = 0
     epochs_asked: int | None = None
@@ -49,8 +51,23 @@ def startup_lines(facts: StartFacts) -> list[str]:
         f"  num processes: {facts.processes}",
         f"  total optimization steps: {facts.total_steps}",
     ]
+    lines += _arithmetic(facts)
     if facts.epochs_asked is not None:
         lines.insert(0, f"override steps. steps for {facts.epochs_asked} epochs is: {facts.total_steps}")
     if facts.start_step:
         lines.append(f"  continuing after step: {facts.start_step}")
     return lines
+
+
+def _arithmetic(facts: StartFacts) -> list[str]:
+    """How the number of steps comes about."""
+    batches, steps, total = facts.batches_per_epoch, facts.steps_per_epoch, facts.total_steps
+    group = facts.accumulation * facts.processes
+    epoch = f"  an epoch: {batches} batches / ({facts.accumulation} accumulated x {facts.processes} processes)"
+    rounded = " (rounded up)" if batches % group else ""
+    if facts.epochs_asked is not None:
+        run = f"{facts.epochs_asked} epochs x {steps} steps = {total} steps"
+    else:
+        exact = total / steps
+        run = f"{total} steps / {steps} steps an epoch = {exact:g} epochs"
+    return [f"{epoch} = {steps} steps{rounded}", f"  the run: {run}"]

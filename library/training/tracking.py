@@ -15,7 +15,7 @@ from library.training.options import LoggingOptions
 from library.training.privacy import shareable, shown_path
 
 if TYPE_CHECKING:
-    from library.training.method import Moment
+    from library.training.progress import Moment
 
 logger = logging.getLogger(__name__)
 

@@ -5,6 +5,7 @@ from dataclasses import dataclass
 from library.data.options import (
     CacheOptions,
     CaptionOptions,
+    CheckOptions,
     ImageOptions,
     LoaderOptions,
     SourceOptions,
@@ -36,6 +37,7 @@ class AllOptions:
     model: ModelOptions
     network: NetworkOptions
     source: SourceOptions
+    check: CheckOptions
     images: ImageOptions
     captions: CaptionOptions
     cache: CacheOptions

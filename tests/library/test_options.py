@@ -93,15 +93,13 @@ def test_config_file_golden_values_and_empty_list():
 
 
 ARG_CASES = json.loads((GOLDEN / "arg_checks.json").read_text())["cases"]
-NOT_YET = {"cache_latents_to_disk", "face_crop_aug_range"}
 
 
 @pytest.mark.parametrize("case", ARG_CASES, ids=lambda case: " ".join(case["args"]))
 def test_arg_checks_golden(case):
-    name = case["args"][0].removeprefix("--")
-    if "error" in case or name in NOT_YET:
+    if "error" in case:
         (problem,) = problems_of(*case["args"])
-        assert ("not available yet" in problem.what) == ("error" not in case)
+        assert "not available yet" not in problem.what
         return
     values = flat_values(parse(*case["args"]))
     for key, expected in case.items():
@@ -242,6 +240,11 @@ def test_disk_cache_switches_the_cache_on():
     assert options.notices() == ["--cache_latents_to_disk switches --cache_latents on"]
 
 
+def test_trusting_cache_files_is_said():
+    assert "--skip_cache_check" in CacheOptions(cache_latents_to_disk=True, skip_cache_check=True).notices()[-1]
+    assert "no effect" in CacheOptions(skip_cache_check=True).notices()[0]
+
+
 def test_missing():
     (problem,) = missing(None, "--network_module", "Add --network_module networks.lora.")
     assert problem.what == "--network_module is missing"
@@ -302,6 +305,8 @@ def strategy_for(item: Declared):
     kind = str(item.type)
     if "tuple[int, int]" in kind:
         return st.tuples(st.integers(8, 4096), st.integers(8, 4096))
+    if "tuple[float, float]" in kind:
+        return st.tuples(numbers, numbers).map(sorted).map(tuple)
     if item.name == "lr_warmup_steps":
         return st.one_of(st.integers(0, 1000), st.floats(0, 0.99))
     for plain in (Path, str, bool, int, float):
@@ -319,6 +324,7 @@ RELATED = {
     *("network_weights", "base_weights", "base_weights_multiplier", "dim_from_weights"),
     *("network_train_unet_only", "network_train_text_encoder_only", "use_8bit_adam", "use_lion_optimizer"),
     *("min_bucket_reso", "max_bucket_reso", "bucket_reso_steps", "caption_extention", "caption_extension"),
+    "cache_latents_to_disk",
 }
 FREE = {
     name: item for name, item in declarations(AllOptions).items() if name not in RELATED and item.facts.later is None

@@ -13,7 +13,16 @@ import pytest
 import torch
 
 from library.files import read_metadata, read_tensors
-from tests.scripts.runs import STEPS, Run, read_losses, run_script, tensor_hash, write_dataset, write_images
+from tests.scripts.runs import (
+    STEPS,
+    Run,
+    read_losses,
+    read_scalars,
+    run_script,
+    tensor_hash,
+    write_dataset,
+    write_images,
+)
 from tests.tiny import Kind, tiny_ldm, tiny_sd
 
 ROOT = Path(__file__).parents[2]
@@ -244,6 +253,24 @@ def test_a_resumed_run_equals_the_uninterrupted_one(
     resumed = run_script("train_network", tmp_path / "resumed", *given, f"--resume={state}")
     assert resumed.losses == whole.losses[3:]
     assert resumed.tensor_hash() == whole.tensor_hash()
+
+
+def test_a_resumed_run_takes_a_new_learning_rate(models: dict[str, Path], data: Path, tmp_path: Path) -> None:
+    given = arguments(models["sd1"], write_dataset(data), "--save_state", "--save_every_n_steps=2")
+    whole = run_script("train_network", tmp_path / "whole", *given)
+    state = whole.folder / "at-step00000002-state"
+    run_script("train_network", tmp_path / "more", *given, f"--resume={state}", "--learning_rate=3e-3")
+    assert read_scalars(tmp_path / "more" / "log", "lr/unet") == pytest.approx([3e-3, 3e-3])
+
+
+def test_a_state_of_another_network_is_refused(models: dict[str, Path], data: Path, tmp_path: Path) -> None:
+    from library.errors import UserError
+
+    given = arguments(models["sd1"], write_dataset(data), steps=2)
+    run_script("train_network", tmp_path / "a", *given, "--save_state", "--save_every_n_steps=1")
+    state = tmp_path / "a" / "at-step00000001-state"
+    with pytest.raises(UserError, match="does not fit what is trained"):
+        run_script("train_network", tmp_path / "b", *given, "--network_dim=8", f"--resume={state}")
 
 
 def test_a_finished_run_is_not_resumed(models: dict[str, Path], data: Path, tmp_path: Path) -> None:

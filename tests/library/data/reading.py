@@ -21,8 +21,29 @@ def write(tmp_path, text, name="data.toml"):
     return path
 
 
-def read(path=None, *, train=None, reg=None, cache=False, captions=None, caption_dropout=True, **image):
-    source = SourceOptions(dataset_config=path, train_data_dir=train, reg_data_dir=reg)
+def read(
+    path=None,
+    *,
+    train=None,
+    reg=None,
+    in_json=None,
+    repeats=1,
+    masks=None,
+    masked=False,
+    cache=False,
+    captions=None,
+    caption_dropout=True,
+    **image,
+):
+    source = SourceOptions(
+        dataset_config=path,
+        train_data_dir=train,
+        reg_data_dir=reg,
+        in_json=in_json,
+        dataset_repeats=repeats,
+        conditioning_data_dir=masks,
+        masked_loss=masked,
+    )
     return read_spec(
         source,
         ImageOptions(**({"resolution": (512, 512)} | image)),

@@ -66,6 +66,15 @@ def test_orientation_of_a_phone_photo_by_hand(tmp_path):
     assert (found.rgb[:, :8, 0] < 50).all()
 
 
+@pytest.mark.parametrize("orientation", range(1, 9))
+def test_a_tiff_turns_like_a_png(tmp_path, quadrants, orientation):
+    exif = Image.Exif()
+    exif[0x0112] = orientation
+    for name in ("a.tif", "a.png"):
+        quadrants.save(tmp_path / name, exif=exif)
+    np.testing.assert_array_equal(decode(tmp_path / "a.tif").rgb, decode(tmp_path / "a.png").rgb)
+
+
 @pytest.mark.parametrize("value", [0, 9, 255])
 def test_an_impossible_orientation_is_upright(tmp_path, quadrants, value):
     exif = Image.Exif()
@@ -303,7 +312,7 @@ def test_a_random_crop_reaches_every_position_and_repeats_with_its_key(tmp_path)
     Image.fromarray(pixels).save(tmp_path / "a.png")
     view = ImageView(tmp_path / "a.png", (12, 9), Placement((8, 6), (12, 9)), None)
     left, top = random_origin((4, 3), Random(3))
-    np.testing.assert_array_equal(load_view(view, crop=Random(3)), pixels[top : top + 6, left : left + 8])
+    np.testing.assert_array_equal(load_view(view, origin=(left, top)), pixels[top : top + 6, left : left + 8])
 
 
 def test_an_image_that_changed_since_it_was_placed_is_named(tmp_path):

@@ -184,7 +184,7 @@ def caption_set(tmp_path, texts):
     folder = make_images(tmp_path / "a", len(texts))
     for number, text in enumerate(texts):
         (folder / f"64x64-{number}.txt").write_text(text)
-    return subset_of(folder, caption_extension=".txt")
+    return subset_of(folder, caption_extension=".txt", class_tokens=None)
 
 
 def test_captions_that_are_all_the_same_are_warned_of(tmp_path):

@@ -2,6 +2,9 @@
 
 import io
 import json
+import os
+import subprocess
+import sys
 from dataclasses import replace
 from pathlib import Path
 
@@ -208,7 +211,7 @@ def exif(orientation):
     return tags.tobytes()
 
 
-FORMATS = ["JPEG", "PNG", "WEBP"] + (["AVIF"] if features.check("avif") else [])
+FORMATS = ["JPEG", "PNG", "WEBP", "TIFF"] + (["AVIF"] if features.check("avif") else [])
 
 
 @pytest.mark.parametrize("image_format", FORMATS)
@@ -289,8 +292,33 @@ def test_a_folder_in_two_data_sets_is_reported_once(tmp_path):
 
 def test_formats_that_are_not_read_are_mentioned(tmp_path):
     make_images(tmp_path, ["a.png", "b.gif", "c.TIF"])
-    _, findings = scan(spec_of(subset_of(tmp_path, class_tokens="x")))
-    assert [finding.what.split(" in ")[0] for finding in findings] == ["1 .gif files", "1 .tif files"]
+    (tmp_path / "d.SVG").write_text("<svg/>")
+    records, findings = scan(spec_of(subset_of(tmp_path, class_tokens="x")))
+    assert [record.path.name for record in records] == ["a.png", "c.TIF"]
+    assert [finding.what.split(" in ")[0] for finding in findings] == ["1 .gif files", "1 .svg files"]
+
+
+PLUGIN = """
+from PIL import Image, PngImagePlugin
+Image.register_open("JXL", PngImagePlugin.PngImageFile, lambda start: start.startswith(b"\\x89PNG"))
+"""
+
+
+def test_a_format_with_an_installed_plugin_is_read(tmp_path):
+    """In a process of its own, with a plugin that takes PNG for JPEG XL: this one must not learn it."""
+    (tmp_path / "pillow_jxl.py").write_text(PLUGIN)
+    (tmp_path / "a.jxl").write_bytes(encoded("PNG"))
+    code = (
+        "import sys; from pathlib import Path; from library.data.folders import image_names\n"
+        "from library.data.image_headers import displayed_size; from library.data.images import decode\n"
+        f"folder = Path({str(tmp_path)!r}); print(image_names(folder), displayed_size(folder / 'a.jxl'))\n"
+        "print(decode(folder / 'a.jxl').size, 'pillow_jxl' in sys.modules)"
+    )
+    environment = {**os.environ, "PYTHONPATH": str(tmp_path)}
+    root = Path(__file__).parents[3]
+    command = [sys.executable, "-c", code]
+    shown = subprocess.run(command, cwd=root, env=environment, capture_output=True, text=True, check=True).stdout
+    assert shown.splitlines() == ["['a.jxl'] (40, 30)", "(40, 30) True"]
 
 
 def test_a_missing_folder_has_no_records(tmp_path):

@@ -148,26 +148,27 @@ def test_the_same_folder_name_gets_a_number(tmp_path):
 @pytest.mark.parametrize("where", ["--train_data_dir", "data.toml"])
 def test_no_path_leaves_the_machine(folders, where):
     spec, data = make(folders, where)
-    told = json.dumps(dataset_metadata(spec, data)) + startup_table(spec, data)
+    told = json.dumps(dataset_metadata(spec, data)) + startup_table(spec, data, str)
     assert "private" not in told
     assert str(folders[0].parent.parent) not in told
 
 
 def test_the_table_says_what_is_trained(folders):
     spec, data = make(folders, "data.toml")
-    lines = startup_table(spec, data).splitlines()
+    lines = startup_table(spec, data, lambda example: f"caption of {example}").splitlines()
     assert lines[0] == "data set 0: resolution (64, 64), batch size 2"
     assert lines[1] == "  10_sks dog: 4 images x 2 repeats; 3 captions found (.txt), 1 missing: 'sks dog'"
     assert lines[2] == "  1_dog: 2 images x 1 repeats, regularisation; 0 captions found (.txt), 2 missing: 'dog'"
     assert lines[3] == "  regularisation: 8 for 8 training images an epoch; each is used 4 times"
-    assert lines[4] == "  bucket 0: resolution (64, 64), count: 14"
-    assert lines[5] == "  bucket 1: resolution (80, 48), count: 2"
+    assert lines[4] == "  bucket 0: resolution (64, 64), count: 14; nothing cropped"
+    # 90x45 covers 80x48 when it is 96x48: a sixth is cut off.
+    assert lines[5] == "  bucket 1: resolution (80, 48), count: 2; crop loss 16.7%, at most 16.7% (3.png)"
     assert re.fullmatch(r"  mean ar error \(without repeats\): 0\.0555\d", lines[6])
     assert lines[7:] == [
-        "captions, for example:",
-        "  0.png: sks dog, Red , red, tag0",
-        "  1.png: sks dog, Red , red, tag1",
-        "  3.png: sks dog",
+        "captions as trained on in epoch 1, for example:",
+        "  0.png: caption of 0",
+        "  1.png: caption of 2",
+        "  3.png: caption of 6",
     ]
 
 

@@ -1,6 +1,6 @@
 """Moments of a run, as the loop makes them."""
 
-from library.training.method import Moment
+from library.training.progress import Moment
 
 
 def moments(total_steps, steps_per_epoch):

@@ -16,7 +16,8 @@ from torch.optim.lr_scheduler import LambdaLR
 from library.errors import UserError
 from library.runtime import Runtime
 from library.training.loop import Interruption, fit
-from library.training.method import Hook, Moment, RunLength, StepShape
+from library.training.method import Hook, StepShape
+from library.training.progress import Moment, RunLength
 
 
 @dataclass(frozen=True)

@@ -1,0 +1,396 @@
+"""Metadata files: captions, tags and training sizes of many images in one JSON or JSON Lines file.
+
+``{"path or name of an image": {"caption": "...", "tags": "...", "train_resolution": [width, height]}}``, or in a
+``.jsonl`` file one object a line with the path under ``image_path``. Keys are full paths, paths relative to the image
+folder, or such paths without the image's suffix. Files are only ever read from the places that keys name.
+"""
+
+import json
+import os
+from collections import Counter
+from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from difflib import get_close_matches
+from pathlib import Path
+from typing import Any, Final
+
+from library.data.findings import Finding, error, warning
+from library.data.folders import explain_image_dir, image_names
+from library.data.spec import Size, SubsetSpec
+
+_MOST_NAMED: Final = 5
+_GRID: Final = 8
+"""The VAE shrinks by 8."""
+
+
+@dataclass(frozen=True, slots=True)
+class MetadataEntry:
+    """What a metadata file says of one image.
+
+    Attributes:
+        key: As it is written.
+        caption: May have several lines; "" when there is none.
+        tags: Separated by commas; "" when there are none.
+        train_resolution: Size to train at, if the file has one.
+    """
+
+    key: str
+    caption: str = ""
+    tags: str = ""
+    train_resolution: Size | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class DescribedImage:
+    """An image file and what is said of it.
+
+    Attributes:
+        path: The file, as it can be opened from the current directory.
+        caption: Its caption; several lines are alternatives. None when nothing is said.
+        tags: The tags alone, for statistics; None when they are not told apart from the caption.
+        bucket: Size to train at; None leaves it to the bucket rules.
+    """
+
+    path: Path
+    caption: str | None
+    tags: str | None = None
+    bucket: Size | None = None
+
+
+def described_images(subset: SubsetSpec) -> tuple[list[DescribedImage], list[Finding]]:
+    """The images of a subset with a metadata file, sorted by path, and what is wrong with the file."""
+    assert subset.metadata_file is not None, "asked for such subsets only"
+    if not subset.metadata_file.is_file():
+        return [], [_missing_file(subset.metadata_file, subset.where)]
+    entries, findings = read_metadata(subset.metadata_file)
+    if not entries and not findings:
+        findings.append(error("the metadata file names no image", str(subset.metadata_file), "Fill it, or remove it."))
+    matched, unmatched = _match(entries, subset.image_dir)
+    if unmatched:
+        findings.append(_not_found(unmatched, len(entries), subset))
+    findings.extend(_judge_matches(matched, subset))
+    with_sizes = all(entry.train_resolution for _, entry in matched)
+    rules = subset.captions
+    images = [
+        DescribedImage(
+            path=Path(path),
+            caption=caption_text(entry, separator=rules.caption_separator, all_lines=rules.enable_wildcard) or None,
+            tags=", ".join(_lines(entry.tags)),
+            bucket=entry.train_resolution if with_sizes else None,
+        )
+        for path, entry in matched
+    ]
+    return sorted(images, key=lambda image: str(image.path)), findings
+
+
+def caption_text(entry: MetadataEntry, *, separator: str, all_lines: bool) -> str:
+    """Caption and tags as one caption: ``caption, tags``.
+
+    Args:
+        entry: The entry; line ends within its tags separate tags, too.
+        separator: What stands between tags; a space is put behind it.
+        all_lines: Join the tags to every line of the caption (for wildcards) instead of to the first alone.
+    """
+    joint = f"{separator.rstrip()} "
+    tags = joint.join(_lines(entry.tags))
+    captions = _lines(entry.caption) or [""]
+    return "\n".join(
+        joint.join(part for part in (caption, tags) if part) for caption in (captions if all_lines else captions[:1])
+    )
+
+
+def _lines(text: str) -> list[str]:
+    """The lines that are not blank, without surrounding spaces."""
+    return [line.strip() for line in text.replace("\r", "\n").split("\n") if line.strip()]
+
+
+# --- reading the file ---
+
+
+def read_metadata(path: Path) -> tuple[list[MetadataEntry], list[Finding]]:
+    """The entries of a metadata file in its order, and what is wrong with it; wrong entries are left out.
+
+    Args:
+        path: An existing file; with the suffix ``.jsonl`` one object a line, else one JSON object.
+    """
+    try:
+        text = path.read_bytes().decode("utf-8-sig")
+    except UnicodeDecodeError as mistake:
+        what = f"the metadata file is not UTF-8 (byte {mistake.start})"
+        return [], [error(what, str(path), "Open it in an editor and save it with the encoding UTF-8.")]
+    except OSError as mistake:
+        return [], [error(f"the metadata file cannot be read: {mistake.strerror}", str(path), "Check the path.")]
+    reader = _Reader(path, text)
+    entries = list(reader.json_lines() if path.suffix.lower() == ".jsonl" else reader.json_object())
+    return entries, _shortened(reader.findings, path)
+
+
+def largest_train_resolution(files: Iterable[Path]) -> Size | None:
+    """The train_resolution of the largest area in metadata files, if every entry of every file has one."""
+    entries = [entry for file in files if file.is_file() for entry in read_metadata(file)[0]]
+    sizes = [entry.train_resolution for entry in entries if entry.train_resolution is not None]
+    return max(sizes, key=lambda size: size[0] * size[1]) if sizes and len(sizes) == len(entries) else None
+
+
+@dataclass(frozen=True, slots=True)
+class _Reader:
+    """Turns the text of a metadata file into entries and collects what is wrong."""
+
+    path: Path
+    text: str
+    findings: list[Finding] = field(default_factory=list)
+
+    def json_object(self) -> Iterator[MetadataEntry]:
+        repeated: list[str] = []
+
+        def without_repeats(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+            table = dict(pairs)
+            if len(table) < len(pairs):
+                repeated.extend(key for key, count in Counter(key for key, _ in pairs).items() if count > 1)
+            return table
+
+        try:
+            content = json.loads(self.text, object_pairs_hook=without_repeats)
+        except (ValueError, RecursionError) as mistake:
+            line = mistake.lineno if isinstance(mistake, json.JSONDecodeError) else 1
+            self._report(f"the file is no JSON: {_explain(mistake)}", line, "Mend that line, or give the right file.")
+            return
+        if not isinstance(content, dict):
+            self._report("the file holds no JSON object", 1, 'Write {"image.png": {"caption": "..."}, ...}.')
+            return
+        if repeated:
+            self.findings.append(
+                warning(
+                    f"{len(repeated)} keys are given twice, and only the last of each counts: {_named(repeated)}",
+                    str(self.path),
+                    "Remove the others.",
+                )
+            )
+        for key, value in content.items():
+            yield from self._entry(key, value, None)
+
+    def json_lines(self) -> Iterator[MetadataEntry]:
+        for number, line in enumerate(self.text.split("\n"), 1):
+            if not line.strip():
+                continue
+            try:
+                value = json.loads(line)
+            except (ValueError, RecursionError) as mistake:
+                self._report(f"the line is no JSON: {_explain(mistake)}", number, "Write one JSON object a line.")
+                continue
+            key = value.get("image_path") if isinstance(value, dict) else None
+            if isinstance(key, str):
+                yield from self._entry(key, value, number)
+            else:
+                self._report("the line has no image_path", number, 'Write {"image_path": "...", "caption": "..."}.')
+
+    def _entry(self, key: str, value: object, line: int | None) -> Iterator[MetadataEntry]:
+        """The entry, or none and a finding."""
+
+        def report(what: str, remedy: str) -> None:
+            shown = key.encode("utf-8", "backslashreplace").decode()
+            self._report(f"{what} ('{shown}')", line or self._line_of(key), remedy)
+
+        if not isinstance(value, Mapping):
+            report("an entry must be an object", 'Write {"caption": "..."}.')
+        elif "\0" in key or not _is_text(key):
+            report("a key is no path", "Remove the entry.")
+        elif wrong := [name for name in ("caption", "tags") if not _is_text(value.get(name) or "")]:
+            report(f"{wrong[0]} must be text", f'Write "{wrong[0]}": "...".')
+        else:
+            try:
+                size = _train_resolution(value.get("train_resolution"))
+            except ValueError:
+                report(f"train_resolution must be two multiples of {_GRID}", "Write for example [512, 768].")
+                return
+            yield MetadataEntry(key, value.get("caption") or "", value.get("tags") or "", size)
+
+    def _line_of(self, key: str) -> int:
+        """The line on which ``key`` stands, as far as it can be found by its text."""
+        places = (self.text.find(json.dumps(key, ensure_ascii=ascii_only)) for ascii_only in (True, False))
+        place = next((place for place in places if place >= 0), 0)
+        return self.text.count("\n", 0, place) + 1
+
+    def _report(self, what: str, line: int, remedy: str) -> None:
+        self.findings.append(error(what, f"{self.path}:{line}", remedy))
+
+
+def _explain(mistake: ValueError | RecursionError) -> str:
+    if isinstance(mistake, json.JSONDecodeError):
+        return mistake.msg
+    return "it is nested too deeply" if isinstance(mistake, RecursionError) else str(mistake)
+
+
+def _is_text(value: object) -> bool:
+    """Whether ``value`` is text that can be written again: JSON can escape halves of characters."""
+    return isinstance(value, str) and value.encode("utf-8", "ignore").decode() == value
+
+
+def _train_resolution(value: object) -> Size | None:
+    if value is None:
+        return None
+    if not isinstance(value, list) or len(value) != 2:
+        raise ValueError
+    if not all(isinstance(side, int) and side >= _GRID and side % _GRID == 0 for side in value):
+        raise ValueError
+    return value[0], value[1]
+
+
+# --- finding the images ---
+
+
+def _match(
+    entries: Sequence[MetadataEntry], image_dir: Path
+) -> tuple[list[tuple[str, MetadataEntry]], list[MetadataEntry]]:
+    """The entries with the paths of their images, and those without an image."""
+    listings = _Listings()
+    matched: list[tuple[str, MetadataEntry]] = []
+    unmatched: list[MetadataEntry] = []
+    for entry in entries:
+        found = (listings.image(path) for path in _candidates(entry.key, image_dir))
+        path = next((path for path in found if path is not None), None)
+        if path is None:
+            unmatched.append(entry)
+        else:
+            matched.append((path, entry))
+    return matched, unmatched
+
+
+def _candidates(key: str, image_dir: Path) -> Iterator[str]:
+    """Where the image of ``key`` may be: in the image folder, or as the current directory has it."""
+    for written in dict.fromkeys((key, key.replace("\\", "/"))):
+        yield os.path.join(image_dir, written)
+        yield written
+
+
+@dataclass(frozen=True, slots=True)
+class _Listings:
+    """The images of each folder, listed once."""
+
+    by_folder: dict[str, Mapping[str, str]] = field(default_factory=dict)
+
+    def image(self, path: str) -> str | None:
+        """The image at ``path``, or the first that is called like it but for a suffix."""
+        folder, name = os.path.split(path)
+        if folder not in self.by_folder:
+            names = image_names(Path(folder))
+            stems = {os.path.splitext(image)[0]: image for image in reversed(names)}
+            self.by_folder[folder] = stems | {image: image for image in names}
+        found = self.by_folder[folder].get(name)
+        return os.path.join(folder, found) if found is not None else None
+
+
+# --- what is said about them ---
+
+
+def _missing_file(path: Path, where: str) -> Finding:
+    if path.is_dir():
+        return error(f"'{path}' is a folder, not a metadata file", where, "Give the .json file in it.")
+    names = [entry.name for entry in path.parent.iterdir()] if path.parent.is_dir() else []
+    near = get_close_matches(path.name, names, n=1)
+    remedy = f"Did you mean '{path.parent / near[0]}'?" if near else "Check the path."
+    return error(f"metadata file not found: '{path}'", where, remedy)
+
+
+def _not_found(entries: Sequence[MetadataEntry], count: int, subset: SubsetSpec) -> Finding:
+    file = str(subset.metadata_file)
+    what = f"{len(entries)} of {count} entries match no image: {_named([entry.key for entry in entries])}"
+    advice = None if subset.image_dir.is_dir() else explain_image_dir(subset.image_dir, setting="'{}'")
+    if advice:
+        return error(f"{what}; {advice.what}", file, advice.remedy)
+    stems = {os.path.splitext(name)[0] for name in image_names(subset.image_dir)}
+    names = [entry.key.replace("\\", "/").rsplit("/", 1)[-1] for entry in entries]
+    here = sum(os.path.splitext(name)[0] in stems or name in stems for name in names)
+    if here:
+        return error(
+            what,
+            file,
+            f"Images of the names of {here} of them are in '{subset.image_dir}': write the keys as those files are "
+            "called, without a folder.",
+        )
+    if any(_has_latents(entry.key, subset.image_dir) for entry in entries[:_MOST_NAMED]):
+        return error(
+            f"{what}; there are latents (.npz) instead, and to train on them without the images is not available yet",
+            file,
+            f"Put the images into '{subset.image_dir}'.",
+        )
+    return error(what, file, f"Put the images into '{subset.image_dir}', give the right image_dir, or remove the keys.")
+
+
+def _has_latents(key: str, image_dir: Path) -> bool:
+    paths = _candidates(key, image_dir)
+    return any(os.path.isfile(f"{stem}.npz") for path in paths for stem in (path, os.path.splitext(path)[0]))
+
+
+def _judge_matches(matched: Sequence[tuple[str, MetadataEntry]], subset: SubsetSpec) -> Iterator[Finding]:
+    file = str(subset.metadata_file)
+    silent = [entry.key for _, entry in matched if not _lines(entry.caption) and not _lines(entry.tags)]
+    if silent:
+        yield warning(
+            f"{len(silent)} of {len(matched)} entries have neither caption nor tags and are trained with an empty "
+            f"caption: {_named(silent)}",
+            file,
+            "Write captions or tags, or leave it so if it is meant.",
+        )
+    longer = [entry.key for _, entry in matched if len(_lines(entry.caption)) > 1]
+    if longer and not subset.captions.enable_wildcard:
+        yield warning(
+            f"{len(longer)} captions have several lines, and only the first is used: {_named(longer)}",
+            file,
+            "Write one line, or set enable_wildcard = true to choose a line at random each time.",
+        )
+    twice = [path for path, count in Counter(path for path, _ in matched).items() if count > 1]
+    if twice:
+        yield warning(
+            f"{len(twice)} images have several entries and are trained once for each: "
+            f"{_named([os.path.basename(path) for path in twice])}",
+            file,
+            "Keep one entry an image.",
+        )
+    sized = sum(entry.train_resolution is not None for _, entry in matched)
+    if 0 < sized < len(matched):
+        yield warning(
+            f"{sized} of {len(matched)} entries have a train_resolution; it is used only where all have one",
+            file,
+            "Remove it, or write it for every image.",
+        )
+
+
+def unlisted_images(subset: SubsetSpec, used: Collection[Path]) -> Iterator[Finding]:
+    """Images in the folder of a subset with a metadata file that are not trained on.
+
+    Args:
+        subset: The subset.
+        used: The files of all records, so that two metadata files may share a folder.
+    """
+    assert subset.metadata_file is not None, "asked for such subsets only"
+    names = image_names(subset.image_dir)
+    # Keys may spell the same folder in another way.
+    folders = {folder for folder in {path.parent for path in used} if _is_same_folder(folder, subset.image_dir)}
+    used_names = {path.name for path in used if path.parent in folders}
+    unlisted = [name for name in names if name not in used_names]
+    # Without a single match the keys are wrong, and that is said already.
+    if unlisted and len(unlisted) < len(names):
+        yield warning(
+            f"{len(unlisted)} of {len(names)} images in '{subset.image_dir}' have no entry and are not trained on: "
+            f"{_named(unlisted)}",
+            str(subset.metadata_file),
+            "Add them to the metadata file, or leave it so if it is meant.",
+        )
+
+
+def _is_same_folder(one: Path, other: Path) -> bool:
+    return os.path.realpath(one) == os.path.realpath(other)
+
+
+def _shortened(findings: list[Finding], path: Path) -> list[Finding]:
+    """The first few of many mistakes, and one that counts the rest."""
+    if len(findings) <= _MOST_NAMED:
+        return findings
+    rest = len(findings) - _MOST_NAMED
+    return [*findings[:_MOST_NAMED], error(f"{rest} more mistakes of this kind", str(path), "Mend them alike.")]
+
+
+def _named(names: Sequence[str]) -> str:
+    more = f" and {len(names) - _MOST_NAMED} more" if len(names) > _MOST_NAMED else ""
+    return ", ".join(f"'{name}'" for name in names[:_MOST_NAMED]) + more

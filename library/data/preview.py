@@ -1,0 +1,290 @@
+"""What the model will be shown, as pictures: one HTML page that opens offline, and PNG contact sheets.
+
+The pixels and captions are those that :class:`library.data.dataset.TrainingDataset` makes in training, for the same
+keys. Names and captions come from the user's files, so the page's template escapes everything.
+"""
+
+import base64
+import io
+import os
+import sys
+import webbrowser
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from functools import cache
+from itertools import islice
+from pathlib import Path
+from typing import TYPE_CHECKING, Final, Protocol
+
+import torch
+from PIL import Image, ImageDraw, ImageFont
+from torch import Tensor
+
+from library.data.dataset import Batch, TrainingDataset
+from library.data.epoch_plan import EpochPlan, MicroBatch
+from library.data.setup import TrainingData
+from library.files import write_text, written_whole
+
+if TYPE_CHECKING:
+    import jinja2
+
+_EPOCHS: Final = 2
+_MOST_PICTURES: Final = 200
+"""Pictures of an epoch; the page holds them all, so there is an end to it."""
+
+_PAGE_SIDE: Final = 384
+_SHEET_SIDE: Final = 192
+_LABEL_HEIGHT: Final = 52
+_COLUMNS: Final = 6
+_ROWS: Final = 5
+_LONGEST_LABEL: Final = 30
+_OUTSIDE_MASK: Final = 0.25
+
+
+class Token(Protocol):
+    """One token of a caption."""
+
+    @property
+    def text(self) -> str:
+        """The part of the caption it stands for."""
+
+    @property
+    def starts_word(self) -> bool:
+        """Whether it stands behind a space."""
+
+    @property
+    def weight(self) -> float:
+        """Its weight."""
+
+
+class CaptionTokens(Protocol):
+    """Cuts captions into tokens."""
+
+    @property
+    def limit(self) -> int:
+        """Number of tokens of a caption that are used."""
+
+    def __call__(self, caption: str) -> Sequence[Token]:
+        """All tokens of a caption, those behind the limit too."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Preview:
+    """What was written.
+
+    Attributes:
+        page: The HTML page.
+        sheets: The contact sheets.
+    """
+
+    page: Path
+    sheets: tuple[Path, ...]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Picture:
+    """One example as the model gets it.
+
+    Attributes:
+        name: File name of the image.
+        folder: Name of its folder.
+        image: The pixels.
+        facts: What was done to it, in words.
+        caption: The caption as it is trained on.
+        used: Its tokens up to the limit.
+        lost: Its tokens behind the limit.
+        is_reg: A regularisation image.
+    """
+
+    name: str
+    folder: str
+    image: Image.Image
+    facts: tuple[str, ...]
+    caption: str
+    used: Sequence[Token]
+    lost: Sequence[Token]
+    is_reg: bool
+
+    @property
+    def source(self) -> str:
+        """The picture as a ``data:`` address, for the page."""
+        small = self.image.copy()
+        small.thumbnail((_PAGE_SIDE, _PAGE_SIDE), Image.Resampling.LANCZOS)
+        buffer = io.BytesIO()
+        small.save(buffer, format="JPEG", quality=85)
+        return "data:image/jpeg;base64," + base64.b64encode(buffer.getvalue()).decode("ascii")
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ShownBatch:
+    """A batch of the page.
+
+    Attributes:
+        title: Which it is: epoch, step, batch, bucket.
+        epoch: From 1.
+        pictures: Its examples.
+    """
+
+    title: str
+    epoch: int
+    pictures: tuple[Picture, ...]
+
+
+def write_preview(
+    folder: Path, data: TrainingData, plan: EpochPlan, *, tokens_of: CaptionTokens, seed: int, total_steps: int
+) -> Preview:
+    """Write the page ``index.html`` and the contact sheets to ``folder``, in place of those of an earlier time.
+
+    Args:
+        folder: Where they go.
+        data: The training set.
+        plan: The order of training.
+        tokens_of: Cuts captions into tokens.
+        seed: Seed of the run.
+        total_steps: Steps of the run.
+
+    Raises:
+        UserError: An image cannot be read, or the folder cannot be written to.
+    """
+    dataset = TrainingDataset(data=data, seed=seed, total_steps=total_steps, tokenize=_no_tokens)
+    batches: list[ShownBatch] = []
+    notes: list[str] = []
+    for epoch in range(1, min(_EPOCHS, -(-total_steps // plan.steps_per_epoch)) + 1):
+        keys = list(_keys(plan, epoch, total_steps))
+        shown = list(_limited(keys))
+        batches += [
+            _shown(dataset[key], f"epoch {epoch}, step {key.step + 1}, batch {number}", data, tokens_of, dataset)
+            for number, key in enumerate(shown, 1)
+        ]
+        if len(shown) < len(keys):
+            notes.append(f"Epoch {epoch} has {len(keys)} batches; the first {len(shown)} are shown.")
+    for earlier in folder.glob("epoch-*-sheet-*.png"):
+        earlier.unlink()
+    sheets = tuple(_write_sheets(folder, batches))
+    page = folder / "index.html"
+    write_text(page, _template().render(batches=batches, notes=notes, limit=tokens_of.limit, seed=seed))
+    return Preview(page=page, sheets=sheets)
+
+
+def _no_tokens(_: str) -> tuple[Tensor, Tensor | None]:
+    """Stands in for the model's tokenizer, whose numbers nobody looks at here."""
+    return torch.zeros(1, 77, dtype=torch.int64), None
+
+
+def _keys(plan: EpochPlan, epoch: int, total_steps: int) -> Iterator[MicroBatch]:
+    """The batches of an epoch over all processes, as far as the run goes."""
+    for step in plan.epoch(epoch):
+        yield from (key for key in step.micro_batches if key.step < total_steps)
+
+
+def _limited(keys: Sequence[MicroBatch]) -> Iterator[MicroBatch]:
+    """The first batches, with as many pictures as are shown; at least one batch."""
+    pictures = 0
+    for key in keys:
+        if pictures and pictures + len(key.examples) > _MOST_PICTURES:
+            return
+        pictures += len(key.examples)
+        yield key
+
+
+def _shown(
+    batch: Batch, title: str, data: TrainingData, tokens_of: CaptionTokens, dataset: TrainingDataset
+) -> ShownBatch:
+    assert batch.pixels is not None, "made without a cache"
+    pixels = batch.pixels.add(1).mul(127.5).round().clamp(0, 255).to(torch.uint8).permute(0, 2, 3, 1).numpy()
+    height, width = pixels.shape[1:3]
+    pictures = []
+    for position, (example, array, caption) in enumerate(zip(batch.examples, pixels, batch.captions, strict=True)):
+        record = data.records[data.examples[example]]
+        view, (left, top) = dataset.framed(batch.epoch, example)
+        tokens = tokens_of(caption)
+        facts = [
+            f"{record.size[0]}x{record.size[1]} resized to {view.placement.resized[0]}x{view.placement.resized[1]}",
+            f"cropped at {left}, {top}: {view.placement.crop_loss:.1%} lost",
+            f"{record.repeats} repeats",
+            f"{min(len(tokens), tokens_of.limit)} of {tokens_of.limit} tokens",
+        ]
+        if dataset.is_flipped(batch.epoch, example):
+            facts.append("mirrored")
+        if batch.mask is not None:
+            mask = batch.mask[position].numpy()
+            facts.append(f"the mask weighs {mask.mean():.0%} of it")
+            # Darkened where it does not count, but still to be seen.
+            array = (array * (_OUTSIDE_MASK + (1 - _OUTSIDE_MASK) * mask[..., None])).round().astype("uint8")
+        pictures.append(
+            Picture(
+                name=record.path.name,
+                folder=record.path.parent.name,
+                image=Image.fromarray(array),
+                facts=tuple(facts),
+                caption=caption,
+                used=tokens[: tokens_of.limit],
+                lost=tokens[tokens_of.limit :],
+                is_reg=record.is_reg,
+            )
+        )
+    return ShownBatch(title=f"{title}, bucket {width}x{height}", epoch=batch.epoch, pictures=tuple(pictures))
+
+
+# --- the page
+
+
+@cache
+def _template() -> "jinja2.Template":
+    import jinja2
+
+    source = Path(__file__).with_name("preview.html").read_text(encoding="utf-8")
+    environment = jinja2.Environment(autoescape=True, undefined=jinja2.StrictUndefined, trim_blocks=True)
+    return environment.from_string(source)
+
+
+def open_in_browser(page: Path) -> bool:
+    """Open ``page`` if somebody sits before a screen; whether it was tried."""
+    has_screen = sys.platform in ("win32", "darwin") or any(os.environ.get(n) for n in ("DISPLAY", "WAYLAND_DISPLAY"))
+    if not has_screen or not sys.stdin.isatty():
+        return False
+    return webbrowser.open(page.resolve().as_uri())
+
+
+# --- the contact sheets
+
+
+def _write_sheets(folder: Path, batches: Sequence[ShownBatch]) -> Iterator[Path]:
+    """One sheet for some thirty pictures of an epoch, in the order of training."""
+    for epoch in dict.fromkeys(batch.epoch for batch in batches):
+        cells = iter(
+            [(batch.title, picture) for batch in batches if batch.epoch == epoch for picture in batch.pictures]
+        )
+        number = 1
+        while page := list(islice(cells, _COLUMNS * _ROWS)):
+            path = folder / f"epoch-{epoch:02d}-sheet-{number:03d}.png"
+            with written_whole(path) as temporary:
+                _sheet(page).save(temporary, format="PNG")
+            yield path
+            number += 1
+
+
+def _sheet(cells: Sequence[tuple[str, Picture]]) -> Image.Image:
+    columns = min(_COLUMNS, len(cells))
+    rows = -(-len(cells) // columns)
+    height = _SHEET_SIDE + _LABEL_HEIGHT
+    sheet = Image.new("RGB", (columns * _SHEET_SIDE, rows * height), "white")
+    draw = ImageDraw.Draw(sheet)
+    font = ImageFont.load_default(12)
+    for position, (title, picture) in enumerate(cells):
+        left, top = position % columns * _SHEET_SIDE, position // columns * height
+        small = picture.image.copy()
+        small.thumbnail((_SHEET_SIDE - 4, _SHEET_SIDE - 4), Image.Resampling.LANCZOS)
+        sheet.paste(small, (left + (_SHEET_SIDE - small.width) // 2, top + (_SHEET_SIDE - small.height) // 2))
+        mark = "reg: " if picture.is_reg else ""
+        # The step and the batch; the epoch is in the file's name.
+        lines = (", ".join(title.split(", ")[1:3]), mark + picture.name, picture.caption or "(no caption)")
+        for line, text in enumerate(lines):
+            draw.text((left + 4, top + _SHEET_SIDE + 16 * line), _label(text), fill="black", font=font)
+    return sheet
+
+
+def _label(text: str) -> str:
+    """``text`` on one line that fits; letters the built-in font lacks become question marks."""
+    line = " ".join(text.split()).encode("latin-1", "replace").decode("latin-1")
+    return f"{line[: _LONGEST_LABEL - 1]}..." if len(line) > _LONGEST_LABEL else line

@@ -1,0 +1,77 @@
+"""What a run is about to do, on one screen: the data as the model will see it, the arithmetic, the files, the disk."""
+
+from typing import Protocol
+
+from library.data.setup import TrainingData
+from library.data.summary import startup_table
+from library.inputs import InputOptions, Inputs
+from library.training.forecast import preview_lines, saving_lines
+from library.training.naming import OutputNames
+from library.training.options import LengthOptions
+from library.training.progress import RunLength
+from library.training.startup import StartFacts, startup_lines
+
+
+class ScreenOptions(InputOptions, Protocol):
+    """The groups of a script's options that decide what is shown."""
+
+    @property
+    def length(self) -> LengthOptions: ...  # noqa: D102
+
+
+def start_screen(
+    options: ScreenOptions,
+    inputs: Inputs,
+    data: TrainingData,
+    *,
+    seed: int,
+    world: int,
+    suffix: str,
+    start_step: int = 0,
+    trained_values: int | None = None,
+) -> list[str]:
+    """The screen, line by line; it imports nothing heavy and computes nothing that the run does not use.
+
+    Args:
+        options: The script's options.
+        inputs: The checked inputs.
+        data: The training set.
+        seed: Seed of the run.
+        world: Number of processes.
+        suffix: Suffix of the result's file.
+        start_step: Steps already done by an earlier run.
+        trained_values: Number of trained weights, where it is known.
+    """
+    accumulation = options.length.gradient_accumulation_steps
+    plan = data.plan(seed, accumulation=accumulation, world=world)
+    length = RunLength.of(
+        max_train_steps=options.length.max_train_steps,
+        max_train_epochs=options.length.max_train_epochs,
+        steps_per_epoch=plan.steps_per_epoch,
+    )
+
+    def caption_of(example: int) -> str:
+        return data.caption(example, seed=seed, epoch=1, step=0, total_steps=length.total_steps)
+
+    facts = StartFacts(
+        train_images=data.train_examples,
+        reg_images=data.reg_examples,
+        batches_per_epoch=plan.batches_per_epoch,
+        epochs=length.epochs,
+        batch_sizes=tuple(sorted({bucket.plan.batch_size for bucket in data.buckets})),
+        accumulation=accumulation,
+        processes=world,
+        steps_per_epoch=plan.steps_per_epoch,
+        total_steps=length.total_steps,
+        start_step=start_step,
+        epochs_asked=options.length.max_train_epochs,
+    )
+    saving = options.save
+    assert saving.output_dir is not None, "checked with the inputs"
+    names = OutputNames(folder=saving.output_dir, name=saving.output_name, suffix=suffix)
+    return [
+        *startup_table(inputs.spec, data, caption_of).splitlines(),
+        *startup_lines(facts),
+        *saving_lines(saving, names, length, start_step=start_step, trained_values=trained_values),
+        *preview_lines(options.preview, inputs.prompts, length, start_step=start_step),
+    ]

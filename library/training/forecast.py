@@ -1,0 +1,162 @@
+"""What a run will write and when, told before it begins: models, states, previews, and the disk they need."""
+
+import shutil
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Final
+
+from library.training.naming import OutputNames, SavePlan, SavePoint
+from library.training.options import PreviewOptions, SaveOptions
+from library.training.privacy import shown_path
+from library.training.progress import Moment, RunLength
+
+_MOST_NAMED: Final = 4
+_BYTES_OF: Final = {None: 4, "float": 4, "fp16": 2, "bf16": 2}
+# A state keeps the weights, and of Adam, whose states are the largest, two averages of each.
+_VALUES_IN_STATE: Final = 3
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class SaveForecast:
+    """What is saved in a run.
+
+    Attributes:
+        points: Every occasion, in order.
+        kept: Those whose files are there at the end.
+        most: The most files that are there at a time.
+    """
+
+    points: tuple[SavePoint, ...] = ()
+    kept: tuple[SavePoint, ...] = ()
+    most: int = 0
+
+
+def forecast(plan: SavePlan, length: RunLength, *, start_step: int = 0) -> SaveForecast:
+    """The occasions on which ``plan`` saves in the steps behind ``start_step``, and which files it leaves."""
+    steps = set(range(length.steps_per_epoch, length.total_steps + 1, length.steps_per_epoch)) | {length.total_steps}
+    if plan.every_steps:
+        steps |= set(range(plan.every_steps, length.total_steps + 1, plan.every_steps))
+    points: list[SavePoint] = []
+    kept: dict[SavePoint, None] = {}
+    most = 0
+    for step in sorted(step for step in steps if step > start_step):
+        for point in plan.due(_moment(step, length)):
+            points.append(point)
+            kept[point] = None
+            # A file is removed only after the one that replaces it is safe.
+            most = max(most, len(kept))
+            outdated = plan.outdated(point)
+            if outdated is not None:
+                kept.pop(outdated, None)
+    return SaveForecast(points=tuple(points), kept=tuple(kept), most=most)
+
+
+def _moment(step: int, length: RunLength) -> Moment:
+    return Moment(
+        step=step,
+        epoch=length.epoch_of(step - 1),
+        epoch_ended=step % length.steps_per_epoch == 0,
+        finished=step == length.total_steps,
+        loss=0.0,
+        average_loss=0.0,
+        learning_rates={},
+    )
+
+
+def saving_lines(
+    options: SaveOptions,
+    names: OutputNames,
+    length: RunLength,
+    *,
+    start_step: int = 0,
+    trained_values: int | None = None,
+) -> list[str]:
+    """What is saved when, and the disk it needs.
+
+    Args:
+        options: When to save.
+        names: Names of the files.
+        length: Length of the run.
+        start_step: Steps already done.
+        trained_values: Number of trained weights, where it is known: it decides the size of the files.
+    """
+    models = forecast(SavePlan.for_models(options, length.epochs), length, start_step=start_step)
+    states = _state_forecast(options, length, start_step)
+    lines = [f"saving in {shown_path(names.folder)}:", _files_line("models", models, names.model)]
+    if states.points:
+        lines.append(_files_line("states", states, names.state))
+    lines.append(_disk_line(options, names.folder, models, states, trained_values))
+    return lines
+
+
+def _state_forecast(options: SaveOptions, length: RunLength, start_step: int) -> SaveForecast:
+    if options.save_state:
+        return forecast(SavePlan.for_states(options, length.epochs), length, start_step=start_step)
+    return forecast(SavePlan(), length, start_step=start_step) if options.save_state_on_train_end else SaveForecast()
+
+
+def _files_line(kind: str, saves: SaveForecast, path_of: Callable[[SavePoint], Path]) -> str:
+    names = [path_of(point).name for point in saves.points]
+    shown = names if len(names) <= _MOST_NAMED else [*names[: _MOST_NAMED - 1], "…", names[-1]]
+    removed = len(saves.points) - len(saves.kept)
+    kept = f", {len(saves.kept)} stay" if removed else ""
+    return f"  {kind}: {', '.join(shown)} ({len(names)} saved{kept})"
+
+
+def _disk_line(
+    options: SaveOptions, folder: Path, models: SaveForecast, states: SaveForecast, trained_values: int | None
+) -> str:
+    free = f"{_size(shutil.disk_usage(_existing(folder)).free)} free"
+    if trained_values is None:
+        return f"  disk: {models.most} models and {states.most} states at most, of unknown size; {free}"
+    model = trained_values * _BYTES_OF[options.save_precision]
+    state = trained_values * 4 * _VALUES_IN_STATE
+    need = models.most * model + states.most * state
+    parts = f"{models.most} models of {_size(model)}"
+    if states.most:
+        parts += f", {states.most} states of up to {_size(state)}"
+    return f"  disk: about {_size(need)} at most ({parts}); {free}"
+
+
+def _existing(folder: Path) -> Path:
+    absolute = folder.absolute()
+    return next(part for part in (absolute, *absolute.parents) if part.exists())
+
+
+def _size(count: float) -> str:
+    for unit in ("B", "kB", "MB"):
+        if count < 1000:
+            return f"{count:.3g} {unit}"
+        count /= 1000
+    return f"{count:,.1f} GB"
+
+
+def preview_lines(
+    options: PreviewOptions, prompts: Sequence[object], length: RunLength, *, start_step: int = 0
+) -> list[str]:
+    """When previews are made, and how many; nothing where none are."""
+    if not prompts:
+        return []
+    settled = options.settled()
+    times, occasions = 0, []
+    if settled.sample_at_first and not start_step:
+        occasions.append("before training")
+        times += 1
+    every, steps = settled.sample_every_n_epochs, settled.sample_every_n_steps
+    if every:
+        occasions.append(f"after every {_ordinal(every)}epoch")
+        done = start_step // length.steps_per_epoch
+        times += length.total_steps // length.steps_per_epoch // every - done // every
+    elif steps:
+        occasions.append(f"after every {_ordinal(steps)}step")
+        times += length.total_steps // steps - start_step // steps
+    when = " and ".join(occasions) or "never"
+    return [f"previews of {len(prompts)} prompts {when}: {times} times, {times * len(prompts)} images"]
+
+
+def _ordinal(number: int) -> str:
+    if number == 1:
+        return ""
+    ending = "th" if number % 100 in (11, 12, 13) else {1: "st", 2: "nd", 3: "rd"}.get(number % 10, "th")
+    return f"{number}{ending} "

@@ -1,0 +1,89 @@
+from dataclasses import replace
+
+import pytest
+
+from library.training.forecast import forecast, preview_lines, saving_lines
+from library.training.naming import END, OutputNames, SavePlan, SavePoint
+from library.training.options import PreviewOptions, SaveOptions
+from library.training.progress import RunLength
+
+LENGTH = RunLength(total_steps=10, steps_per_epoch=4)
+
+
+def points(*told):
+    kinds = {"e": "epoch", "s": "step"}
+    return tuple(END if one == "last" else SavePoint(kind=kinds[one[0]], number=int(one[1:])) for one in told)
+
+
+def test_without_a_rule_only_the_end_is_saved():
+    found = forecast(SavePlan(), LENGTH)
+    assert found.points == found.kept == (END,)
+    assert found.most == 1
+
+
+def test_every_rule_and_the_short_last_epoch():
+    found = forecast(SavePlan(every_epochs=1, every_steps=3), LENGTH)
+    assert found.points == points("s3", "e1", "s6", "e2", "s9", "last")
+
+
+def test_the_epoch_that_ends_the_run_has_no_file_of_its_own():
+    found = forecast(SavePlan(every_epochs=1), replace(LENGTH, total_steps=8))
+    assert found.points == points("e1", "last")
+
+
+def test_removed_files_are_counted_until_their_follower_is_safe():
+    found = forecast(SavePlan(every_steps=2, keep_steps=2), LENGTH)
+    assert found.points == points("s2", "s4", "s6", "s8", "s10", "last")
+    # Saving step N removes step N - 3, rounded down to a multiple of 2.
+    assert found.kept == points("s8", "s10", "last")
+    assert found.most == 3
+
+
+def test_a_resumed_run_saves_what_is_left():
+    assert forecast(SavePlan(every_steps=3), LENGTH, start_step=6).points == points("s9", "last")
+
+
+def lines(tmp_path, **options):
+    names = OutputNames(folder=tmp_path / "out", name="dog", suffix=".safetensors")
+    return saving_lines(SaveOptions(**options), names, LENGTH, trained_values=1_000_000)
+
+
+def test_the_files_and_the_disk_are_told(tmp_path):
+    head, models, disk = lines(tmp_path, save_every_n_steps=5, save_precision="fp16")
+    assert head.startswith("saving in ")
+    assert models == ("  models: dog-step00000005.safetensors, dog-step00000010.safetensors, dog.safetensors (3 saved)")
+    assert disk.startswith("  disk: about 6 MB at most (3 models of 2 MB); ")
+    assert disk.endswith(" free")
+
+
+def test_states_count_three_times(tmp_path):
+    _, models, states, disk = lines(tmp_path, save_state_on_train_end=True)
+    assert models == "  models: dog.safetensors (1 saved)"
+    assert states == "  states: dog-state (1 saved)"
+    assert "about 16 MB at most (1 models of 4 MB, 1 states of up to 12 MB)" in disk
+
+
+def test_many_files_are_shortened(tmp_path):
+    models = lines(tmp_path, save_every_n_steps=1, save_last_n_steps=1)[1]
+    assert models == (
+        "  models: dog-step00000001.safetensors, dog-step00000002.safetensors, dog-step00000003.safetensors, …, "
+        "dog.safetensors (11 saved, 3 stay)"
+    )
+
+
+@pytest.mark.parametrize(
+    ("options", "told"),
+    [
+        ({}, "never: 0 times, 0 images"),
+        ({"sample_every_n_epochs": 1}, "after every epoch: 2 times, 4 images"),
+        ({"sample_every_n_steps": 3}, "after every 3rd step: 3 times, 6 images"),
+        ({"sample_every_n_epochs": 2, "sample_at_first": True}, "before training and after every 2nd epoch: 2 times"),
+    ],
+)
+def test_previews_are_counted(options, told):
+    (line,) = preview_lines(PreviewOptions(**options), ["one", "two"], LENGTH)
+    assert told in line
+
+
+def test_without_prompts_nothing_is_said():
+    assert preview_lines(PreviewOptions(sample_at_first=True), [], LENGTH) == []
