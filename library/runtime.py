@@ -208,7 +208,8 @@ def _launcher_notices(options: RuntimeOptions, world: int, has_accelerator: bool
             f"Use `torchrun --nproc_per_node {asked} SCRIPT ...` instead."
         )
     cores = os.cpu_count() or 1
-    if not has_accelerator and world == 1 and os.environ.get("OMP_NUM_THREADS") == "1" and cores > 1:
+    one_thread = launched is not None and os.environ.get("OMP_NUM_THREADS") == "1"
+    if not has_accelerator and world == 1 and one_thread and cores > 1:
         yield (
             f"only 1 of {cores} cores is used (OMP_NUM_THREADS=1, the launcher's default): "
             f"start with `accelerate launch --num_cpu_threads_per_process {cores}` or with `python` alone"
