@@ -272,3 +272,8 @@ def test_sheet_without_previews_says_so(tmp_path, capsys):
     assert before_after.main([str(tmp_path)]) == 2
     assert "no previews" in capsys.readouterr().err
     assert not (tmp_path / "before_after.png").exists()
+
+
+def test_the_shipped_model_names_no_path() -> None:
+    for config in (ROOT / "examples" / "tiny-sd").rglob("*.json"):
+        assert '"_name_or_path"' not in config.read_text(encoding="utf-8"), config
