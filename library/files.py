@@ -152,7 +152,7 @@ def written_whole(path: Path) -> Iterator[Path]:
             os.fsync(file.fileno())
         # Libraries that write through a private file leave it readable by its owner only.
         temporary.chmod(_usual_mode())
-        os.replace(temporary, path)
+        _put_in_place(temporary, path)
         sync_folder(path.parent)
     except OSError as error:
         raise UserError(
@@ -168,6 +168,24 @@ def written_whole(path: Path) -> Iterator[Path]:
 def is_temporary(name: str) -> bool:
     """Whether ``name`` is that of a file in the making, which stays behind only where its process was killed."""
     return name.startswith(_TEMPORARY_MARK)
+
+
+def _put_in_place(temporary: Path, path: Path) -> None:
+    """Give a finished file its name; where another program holds that name, keep the file under a free one.
+
+    Raises:
+        UserError: The name is held, as Windows does for files that a program has open.
+    """
+    try:
+        os.replace(temporary, path)
+    except PermissionError as error:
+        kept = path.with_name(f"{path.stem}-{uuid.uuid4().hex[:6]}{path.suffix}")
+        os.replace(temporary, kept)
+        raise UserError(
+            f"{path.name} is held by another program; the new content is in {kept.name}",
+            where=str(path.parent),
+            remedy="Close the program that has the file open, then rename the new one.",
+        ) from error
 
 
 def _usual_mode() -> int:

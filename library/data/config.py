@@ -103,6 +103,7 @@ def read_spec(
     else:
         spec, findings = _from_folders(source, flags)
     findings.extend(_cache_conflicts(spec, cache))
+    findings.extend(_without_effect(spec))
     findings.extend(_mask_conflicts(spec, source))
     return spec, findings
 
@@ -415,6 +416,31 @@ def _mask_conflicts(spec: DataSpec, source: SourceOptions) -> Iterable[Finding]:
             "--masked_loss",
             "Give conditioning_data_dir (folder of masks) or alpha_mask (transparency), or leave out --masked_loss.",
         )
+
+
+def _without_effect(spec: DataSpec) -> Iterable[Finding]:
+    """Keys that files carry for other programs and models."""
+    for dataset in spec.datasets:
+        if dataset.network_multiplier != 1.0:
+            yield warning(
+                f"network_multiplier {dataset.network_multiplier:g} changes nothing for Stable Diffusion 1 and 2",
+                dataset.where,
+                "Leave it out.",
+            )
+        for subset in dataset.subsets:
+            if subset.custom_attributes.get("diff_output_preservation"):
+                yield error(
+                    f"diff_output_preservation is not available yet (images '{subset.name}')",
+                    subset.where,
+                    "Leave it out.",
+                )
+            elif subset.custom_attributes:
+                names = ", ".join(subset.custom_attributes)
+                yield warning(
+                    f"custom_attributes of '{subset.name}' are read by nothing here: {names}",
+                    subset.where,
+                    "Leave them out.",
+                )
 
 
 def _cache_conflicts(spec: DataSpec, cache: CacheOptions) -> Iterable[Finding]:

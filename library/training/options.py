@@ -91,6 +91,16 @@ class OptimizerOptions:
         return replace(self, optimizer_type=name, use_8bit_adam=False, use_lion_optimizer=False)
 
 
+# Which schedules a setting belongs to.
+_SCHEDULES_OF: Final = {
+    "lr_decay_steps": ("warmup_stable_decay",),
+    "lr_scheduler_num_cycles": ("cosine_with_restarts", "cosine_with_min_lr", "warmup_stable_decay"),
+    "lr_scheduler_power": ("polynomial",),
+    "lr_scheduler_timescale": ("inverse_sqrt",),
+    "lr_scheduler_min_lr_ratio": ("cosine_with_min_lr", "warmup_stable_decay"),
+}
+
+
 @dataclass(frozen=True, kw_only=True, slots=True)
 class SchedulerOptions:
     """Learning rate schedule."""
@@ -150,8 +160,15 @@ class SchedulerOptions:
     )
 
     def notices(self) -> list[str]:
-        """Repeated arguments."""
-        return repeated_keys(self.lr_scheduler_args, "--lr_scheduler_args")
+        """Repeated arguments, and settings that the schedule does not have."""
+        defaults = SchedulerOptions()
+        unused = [
+            f"--{name}"
+            for name, schedules in _SCHEDULES_OF.items()
+            if getattr(self, name) != getattr(defaults, name) and self.lr_scheduler not in schedules
+        ]
+        found = [f"without effect with --lr_scheduler {self.lr_scheduler}: {', '.join(unused)}"] if unused else []
+        return found + repeated_keys(self.lr_scheduler_args, "--lr_scheduler_args")
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)

@@ -2,6 +2,7 @@
 
 import hashlib
 import json
+import os
 import pickle
 import struct
 import sys
@@ -170,6 +171,23 @@ def test_a_failed_write_leaves_the_former_file(tmp_path: Path) -> None:
         cut_off()
     assert json.loads(path.read_text()) == {"a": 1}
     assert [entry.name for entry in tmp_path.iterdir()] == ["x.json"]
+
+
+def test_a_file_that_another_program_holds_is_kept_beside(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    path = tmp_path / "x.json"
+    replace = os.replace
+
+    def held(source: Path, target: Path) -> None:
+        if target == path:
+            raise PermissionError
+        replace(source, target)
+
+    monkeypatch.setattr("library.files.os.replace", held)
+    with pytest.raises(UserError, match="held by another program"):
+        write_json(path, {"a": 1})
+    (kept,) = tmp_path.iterdir()
+    assert kept.name.startswith("x-")
+    assert json.loads(kept.read_text()) == {"a": 1}
 
 
 def test_a_folder_that_cannot_be_written_is_the_users_error(tmp_path: Path) -> None:

@@ -8,6 +8,7 @@ arXiv:2303.09556), with 10 % empty captions for classifier-free guidance (Ho and
 """
 
 import argparse
+import json
 import math
 import os
 import shutil
@@ -306,6 +307,10 @@ def write_pipeline(trainer: Trainer, tokenizer: Any, options: argparse.Namespace
     # Programs with an older transformers know the text encoder's tensors only by these names.
     named = {f"text_model.{name}": tensor for name, tensor in trainer.text_encoder.state_dict().items()}
     save_file(named, str(options.output / "text_encoder" / "model.safetensors"), metadata={"format": "pt"})
+    for path in options.output.glob("*/config.json"):
+        # Where the parts came from is nobody else's business.
+        config = {name: value for name, value in json.loads(path.read_text()).items() if name != "_name_or_path"}
+        path.write_text(json.dumps(config, indent=2) + "\n")
 
 
 def main() -> None:
