@@ -20,7 +20,6 @@ from library.data.options import (
 from library.diffusion.options import LossOptions, NoiseOptions
 from library.errors import Problem, run_script
 from library.inputs import check_inputs
-from library.inspection import dry_run, inspect_data
 from library.models.options import AttentionOptions, ModelOptions, PromptOptions
 from library.option_relations import model_notices, prediction_problems
 from library.options import parse_options
@@ -95,6 +94,9 @@ def main(argv: list[str]) -> int:
     set_up_logging(options.console)
     for notice in notices:
         log.warning(notice)
+    # Looking at data needs NumPy; --help and mistakes in options do not wait for it.
+    from library.inspection import dry_run, inspect_data
+
     inspected = inspect_data(options)
     if inspected is not None:
         return inspected

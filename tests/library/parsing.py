@@ -4,13 +4,13 @@ import pytest
 
 from library.errors import UserError
 from library.options import parse_options
-from tests.library.all_options import AllOptions
+from train_network import Options
 
 
 def parse(*argv, notices=None):
     """The options; notices are appended to the list."""
     return parse_options(
-        AllOptions,
+        Options,
         [str(word) for word in argv],
         prog="train_network.py",
         description="Train a network.",

@@ -6,8 +6,8 @@ from library.errors import UserError
 from library.option_fields import declarations
 from library.option_foreign import FOREIGN_KEYS
 from library.options import flat_values
-from tests.library.all_options import AllOptions
 from tests.library.parsing import config, parse, problems_of
+from train_network import Options
 
 
 def test_precedence(tmp_path):
@@ -195,4 +195,4 @@ def test_foreign_flags_take_their_values_and_never_hide_an_option():
     assert options.runtime.seed == 3
     assert options.network.text_encoder_lr == (1e-4,)
     assert notices == ["ignored, since they mean nothing here: clip_l (Stable Diffusion 3); sdxl (SDXL)"]
-    assert not set(FOREIGN_KEYS) & set(declarations(AllOptions))
+    assert not set(FOREIGN_KEYS) & set(declarations(Options))

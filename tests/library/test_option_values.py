@@ -7,7 +7,7 @@ import pytest
 from library.option_fields import declarations
 from library.option_values import convert
 from library.options import near_remedy, pair_problems, parse_int_or_float, parse_range, parse_size, text_pairs
-from tests.library.all_options import AllOptions
+from train_network import Options
 
 
 @pytest.mark.parametrize(
@@ -79,7 +79,7 @@ def test_parse_range():
 )
 def test_conversion_refuses(name, raw):
     with pytest.raises(ValueError, match="expects|must|allows"):
-        convert(declarations(AllOptions)[name], raw)
+        convert(declarations(Options)[name], raw)
 
 
 @pytest.mark.parametrize(
@@ -105,7 +105,7 @@ def test_conversion_refuses(name, raw):
     ],
 )
 def test_conversion_is_the_same_for_text_and_toml(name, raw, value):
-    assert convert(declarations(AllOptions)[name], raw) == value
+    assert convert(declarations(Options)[name], raw) == value
 
 
 def test_pairs():

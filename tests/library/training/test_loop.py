@@ -15,7 +15,7 @@ from torch.optim.lr_scheduler import LambdaLR
 
 from library.errors import UserError
 from library.runtime import Runtime
-from library.training.loop import Interruption, fit
+from library.training.loop import MOST_SKIPPED, Interruption, fit
 from library.training.method import Hook, StepShape
 from library.training.progress import Moment, RunLength
 
@@ -172,6 +172,15 @@ def test_a_loss_that_is_not_finite_stops_before_the_step(value: float) -> None:
         train(stream, hooks=(moments.append,))
     assert "image5.png, image6.png" in str(error.value)
     assert [moment.step for moment in moments] == [1, 2]
+
+
+def test_fp16_steps_that_all_overflow_end_the_run(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The scaler leaves them out one by one; nothing would be trained, and nothing said."""
+    monkeypatch.setattr("accelerate.optimizer.AcceleratedOptimizer.step_was_skipped", True)
+    moments: list[Moment] = []
+    with pytest.raises(UserError, match=f"{MOST_SKIPPED} steps in a row"):
+        train(batches(2 * MOST_SKIPPED), steps=2 * MOST_SKIPPED, hooks=(moments.append,))
+    assert len(moments) == MOST_SKIPPED - 1
 
 
 def test_a_run_begins_where_it_is_told() -> None:
