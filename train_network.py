@@ -109,9 +109,8 @@ def main(argv: list[str]) -> int:
 
 def train(options: Options, inputs: "Inputs") -> int:
     """Train a network; everything heavy is imported from here on."""
+    from library.conditioning import ClipConditioning
     from library.data.setup import prepare_data
-    from library.diffusion.objective import DenoisingObjective
-    from library.diffusion.schedule import NoiseSchedule
     from library.models.attention import use_attention
     from library.models.stable_diffusion import load_stable_diffusion
     from library.run import train as run
@@ -128,17 +127,12 @@ def train(options: Options, inputs: "Inputs") -> int:
 
     # The network: its own weights stay in fp32.
     network = build_network(options.network, model=model, seed=runtime.seed)
-    task = DenoisingTask(
-        model=model,
-        objective=DenoisingObjective(
-            NoiseSchedule.stable_diffusion(zero_terminal_snr=options.noise.zero_terminal_snr),
-            model.variant.prediction,
-            noise=options.noise,
-            loss=options.loss,
-        ),
-        runtime=runtime,
-        clip_skip=options.prompts.clip_skip,
-        zero_terminal_snr=options.noise.zero_terminal_snr,
+    task = DenoisingTask.of(
+        model,
+        ClipConditioning.of(model, options.prompts),
+        runtime,
+        noise=options.noise,
+        loss=options.loss,
         vae_batch_size=options.cache.vae_batch_size,
     )
     method = NetworkTraining(

@@ -4,8 +4,7 @@ import functools
 import hashlib
 import logging
 from collections.abc import Callable, Mapping
-from pathlib import Path
-from typing import TYPE_CHECKING, Any, Protocol
+from typing import Protocol
 
 from library.data.dataset import TrainingDataset
 from library.data.disk_cache import DiskLatentCache, Share
@@ -17,31 +16,22 @@ from library.data.options import LoaderOptions
 from library.data.setup import TrainingData
 from library.data.summary import dataset_metadata
 from library.diffusion.options import NoiseOptions
-from library.errors import UserError
-from library.inputs import InputOptions, Inputs
+from library.hooks import Hooks
+from library.inputs import Inputs
 from library.models.latents import encoder_digest
-from library.models.prompts import CaptionTokenizer
 from library.options import flat_values
+from library.resuming import Progress
 from library.runtime import Runtime
 from library.start_screen import ScreenOptions, start_screen
-from library.task import DenoisingTask, evaluating
+from library.task import DenoisingTask
 from library.training.clock import now, session_id
 from library.training.loop import Interruption, fit
 from library.training.lr_schedulers import build_lr_scheduler
 from library.training.metadata import Kind, ModelFacts, RunFacts, file_metadata, modelspec, training_metadata
-from library.training.method import Hook, StepShape, TrainingMethod
-from library.training.naming import OutputNames, SavePlan, SavePoint
+from library.training.method import StepShape, TrainingMethod
 from library.training.optimizers import build_optimizer
-from library.training.previews import Previews
 from library.training.progress import RunLength
-from library.training.prompt_files import PreviewPrompt
-from library.training.saving import ModelSaver, StateSaver
-from library.training.states import TrainingState, fingerprint, fingerprint_differences, read_state, restore
-from library.training.tracking import Tracker
-
-if TYPE_CHECKING:
-    from PIL.Image import Image
-    from torch.optim.lr_scheduler import LRScheduler
+from library.training.states import fingerprint
 
 log = logging.getLogger(__name__)
 
@@ -137,7 +127,7 @@ def train(
         data=data,
         seed=runtime.seed,
         total_steps=length.total_steps,
-        tokenize=caption_tokenizer(task, options),
+        tokenize=task.text.tokenize,
         cache=latents,
         masks=None if latents is None else MaskCache.fill(data),
         prior_loss_weight=options.source.prior_loss_weight,
@@ -170,156 +160,6 @@ def train(
     runtime.accelerator.end_training()
     # Another process may have been the one that was asked to stop.
     return 0 if finished else interruption.exit_code or STOPPED
-
-
-class Progress:
-    """Where the run is: what a state keeps, and how it is continued from one.
-
-    Args:
-        method: What is trained.
-        optimizer: The prepared optimizer.
-        schedule: The learning rates.
-        runtime: The processes.
-        made_of: The fingerprint of options and data.
-    """
-
-    def __init__(
-        self,
-        method: TrainingMethod,
-        optimizer: Any,
-        schedule: "LRScheduler",
-        runtime: Runtime,
-        made_of: Mapping[str, object],
-    ) -> None:
-        self._method = method
-        self._optimizer = optimizer
-        self._schedule = schedule
-        self._scaler = runtime.accelerator.scaler
-        self._made_of = made_of
-
-    def resume(self, folder: Path | None, length: RunLength) -> int:
-        """Continue from the state in ``folder``; the number of steps already done, 0 without one.
-
-        Raises:
-            UserError: The state is not whole, belongs to another network or optimizer, or leaves nothing to train.
-        """
-        if folder is None:
-            return 0
-        state = read_state(folder)
-        for difference in fingerprint_differences(state.fingerprint, self._made_of):
-            log.warning("changed since the state was saved: %s", difference)
-        if state.step >= length.total_steps:
-            raise UserError(
-                f"the state is at step {state.step}, and the run has {length.total_steps}: nothing is left to train",
-                where="--resume, --max_train_steps, --max_train_epochs",
-                remedy="Raise the number of steps or epochs.",
-            )
-        try:
-            self._method.trained.load_state_dict(dict(state.tensors))
-        except RuntimeError as error:
-            raise UserError(
-                f"the state does not fit what is trained: {str(error).splitlines()[-1].strip()}",
-                where=f"--resume {folder}",
-                remedy="Continue with the rank and the trained parts that the state was saved with.",
-            ) from error
-        restore(state, optimizer=self._optimizer, scheduler=self._schedule, scaler=self._scaler)
-        log.info("resuming at step %d from %s", state.step, folder.name)
-        return state.step
-
-    def capture(self, step: int, epoch: int) -> TrainingState:
-        """The state after ``step`` steps."""
-        return TrainingState(
-            step=step,
-            epoch=epoch,
-            tensors=self._method.trained.state_dict(),
-            optimizer=self._optimizer.state_dict(),
-            scheduler=self._schedule.state_dict(),
-            scaler=self._scaler.state_dict() if self._scaler is not None else None,
-            fingerprint=self._made_of,
-        )
-
-
-class Hooks:
-    """What happens after a step, in order: log, model, state, previews."""
-
-    def __init__(
-        self,
-        options: RunOptions,
-        inputs: Inputs,
-        method: TrainingMethod,
-        task: DenoisingTask,
-        length: RunLength,
-        progress: Progress,
-        describe: Callable[[int, int], dict[str, str]],
-        *,
-        suffix: str,
-        tracker_name: str,
-    ) -> None:
-        def save(path: Path, step: int, epoch: int) -> None:
-            method.save(path, describe(step, epoch))
-
-        def generate(prompt: PreviewPrompt) -> "Image":
-            with evaluating(method.module):
-                return task.generate(prompt)
-
-        runtime = task.runtime
-        saving = options.save
-        assert saving.output_dir is not None, "checked with the inputs"
-        names = OutputNames(folder=saving.output_dir, name=saving.output_name, suffix=suffix)
-        self._keeps_states = saving.save_state or saving.save_state_on_train_end
-        self.tracker = Tracker(
-            options.logging, tracker_name=tracker_name, config=flat_values(options), is_main=runtime.is_main
-        )
-        self.models = ModelSaver(SavePlan.for_models(saving, length.epochs), names, save, is_main=runtime.is_main)
-        self.states = StateSaver(
-            SavePlan.for_states(saving, length.epochs),
-            names,
-            progress.capture,
-            every_time=saving.save_state,
-            is_main=runtime.is_main,
-        )
-        self.previews = Previews(
-            options.preview,
-            inputs.prompts,
-            generate,
-            output_dir=saving.output_dir,
-            output_name=saving.output_name,
-            seed=runtime.seed,
-            is_main=runtime.is_main,
-        )
-
-    @property
-    def in_order(self) -> list[Hook]:
-        """The hooks as the loop calls them."""
-        states: list[Hook] = [self.states] if self._keeps_states else []
-        return [self.tracker, self.models, *states, self.previews]
-
-    def save_interrupted(self, step: int, length: RunLength) -> None:
-        """Save the model, and the state if states are asked for, where the run was stopped."""
-        point = SavePoint(kind="step", number=step)
-        self.models.save(point, step=step, epoch=step // length.steps_per_epoch)
-        if self._keeps_states:
-            self.states.save(point, step=step, epoch=length.epoch_of(step - 1))
-
-    def say_what_was_written(self) -> None:
-        """Name the results."""
-        for what, path in (
-            ("model", self.models.last_saved),
-            ("state", self.states.last_saved),
-            ("previews", self.previews.written[-1].parent if self.previews.written else None),
-            ("log", self.tracker.folder),
-        ):
-            if path is not None:
-                log.info("%s: %s", what, path)
-
-
-def caption_tokenizer(task: DenoisingTask, options: InputOptions) -> CaptionTokenizer:
-    """Turns captions into tokens as the options say."""
-    return CaptionTokenizer(
-        task.model.tokenizer,
-        max_token_length=options.prompts.max_token_length,
-        weighted=options.prompts.weighted_captions,
-    )
 
 
 def _filled_cache(task: DenoisingTask, options: RunOptions, data: TrainingData) -> LatentSource | None:

@@ -8,12 +8,14 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor, nn
 
+from library.conditioning import TextConditioning
 from library.data.dataset import Batch
 from library.diffusion.objective import DenoisingObjective
+from library.diffusion.options import LossOptions, NoiseOptions
 from library.diffusion.samplers import generate_latents
+from library.diffusion.schedule import NoiseSchedule
 from library.errors import UserError
 from library.models.latents import decode_latents, encode_images, sample_posterior
-from library.models.prompts import encode_preview_prompts, encode_tokens
 from library.models.stable_diffusion import StableDiffusion
 from library.randomness import torch_generator
 from library.runtime import Runtime
@@ -32,19 +34,45 @@ class DenoisingTask:
 
     Attributes:
         model: The four parts; U-Net and text encoder on the device, the VAE only while it is used.
+        text: How captions and prompts are encoded.
         objective: The loss.
         runtime: Device, precision and seed.
-        clip_skip: Layer of the text encoder to take, from the end; None is its output.
         zero_terminal_snr: Previews follow the rescaled schedule.
         vae_batch_size: Images that the VAE encodes at once.
     """
 
     model: StableDiffusion
+    text: TextConditioning
     objective: DenoisingObjective
     runtime: Runtime
-    clip_skip: int | None
     zero_terminal_snr: bool
     vae_batch_size: int
+
+    @classmethod
+    def of(
+        cls,
+        model: StableDiffusion,
+        text: TextConditioning,
+        runtime: Runtime,
+        *,
+        noise: NoiseOptions,
+        loss: LossOptions,
+        vae_batch_size: int,
+    ) -> "DenoisingTask":
+        """The task that the options of a script describe."""
+        return cls(
+            model=model,
+            text=text,
+            objective=DenoisingObjective(
+                NoiseSchedule.stable_diffusion(zero_terminal_snr=noise.zero_terminal_snr),
+                model.variant.prediction,
+                noise=noise,
+                loss=loss,
+            ),
+            runtime=runtime,
+            zero_terminal_snr=noise.zero_terminal_snr,
+            vae_batch_size=vae_batch_size,
+        )
 
     def __post_init__(self) -> None:
         """Refuse a U-Net that wants more than noisy latents, which only loading it can tell of some files."""
@@ -56,12 +84,6 @@ class DenoisingTask:
                 where=f"--pretrained_model_name_or_path {self.model.source}",
                 remedy="Train on the ordinary model that it was made from.",
             )
-
-    def context(self, batch: Batch) -> Tensor:
-        """The captions of ``batch``, encoded: (B, 75 * chunks + 2, text width)."""
-        return encode_tokens(
-            self.model.text_encoder, batch.input_ids, clip_skip=self.clip_skip, token_weights=batch.token_weights
-        )
 
     @torch.no_grad()
     def posterior(self, pixels: Tensor) -> tuple[Tensor, Tensor]:
@@ -88,7 +110,7 @@ class DenoisingTask:
         return sample_posterior(mean, std, torch.stack(noise).to(mean)) * self.model.variant.latent_scale
 
     def losses(self, batch: Batch, context: Tensor) -> Tensor:
-        """One weighted loss an example, (B,), for the encoded captions ``context``."""
+        """One weighted loss an example, (B,), for the captions encoded by :attr:`text`."""
 
         def predict(noisy: Tensor, timesteps: Tensor) -> Tensor:
             prediction: Tensor = self.model.unet(noisy, timesteps, context, return_dict=False)[0]
@@ -112,9 +134,7 @@ class DenoisingTask:
             return prediction
 
         with self.runtime.accelerator.autocast():
-            context, uncond = encode_preview_prompts(
-                model.tokenizer, model.text_encoder, prompt.prompt, prompt.negative_prompt, clip_skip=self.clip_skip
-            )
+            context, uncond = self.text.encode_prompts(prompt.prompt, prompt.negative_prompt)
             latents = generate_latents(
                 predict,
                 context,

@@ -31,7 +31,7 @@ class NetworkModule(nn.Module):
     def forward(self, batch: Batch) -> Tensor:
         """Weighted losses, (B,)."""
         with torch.set_grad_enabled(self._trains_text_encoder and torch.is_grad_enabled()):
-            context = self._task.context(batch)
+            context = self._task.text.encode(batch)
         return self._task.losses(batch, context)
 
 
@@ -85,8 +85,8 @@ class NetworkTraining:
             "norm/avg_key_norm": float(mean),
         }
 
-    def save(self, path: Path, metadata: Mapping[str, str]) -> None:
-        """Write the network file.
+    def save(self, path: Path, metadata: Mapping[str, str], *, step: int, epoch: int) -> None:
+        """Write the network file; its ``metadata`` name step and epoch.
 
         Raises:
             UserError: A weight is not finite, or the folder cannot be written to; the former file is kept.

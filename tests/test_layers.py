@@ -22,10 +22,13 @@ RUNTIME = ["library.randomness", "library.runtime"]
 PACKAGES = ["library.models", "library.diffusion", "library.data", "library.training"]
 TOP = [
     "library.option_relations",
+    "library.conditioning",
     "library.task",
     "library.inputs",
     "library.start_screen",
     "library.inspection",
+    "library.resuming",
+    "library.hooks",
     "library.run",
     "library.full_model",
 ]

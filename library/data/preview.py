@@ -33,8 +33,10 @@ _MOST_PICTURES: Final = 200
 """Pictures of an epoch; the page holds them all, so there is an end to it."""
 
 _PAGE_SIDE: Final = 384
+_SOURCE_SIDE: Final = 160
 _SHEET_SIDE: Final = 192
-_LABEL_HEIGHT: Final = 52
+_SHEET_FRAME: Final = "#2a6fdb"
+_LABEL_HEIGHT: Final = 68
 _COLUMNS: Final = 6
 _ROWS: Final = 5
 _LONGEST_LABEL: Final = 30
@@ -82,6 +84,24 @@ class Preview:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
+class Crop:
+    """The whole image with the part of it that is kept.
+
+    Attributes:
+        image: The whole image, small.
+        box: Left, top, width and height of the part, 0..100 of the whole.
+    """
+
+    image: Image.Image
+    box: tuple[float, float, float, float]
+
+    @property
+    def source(self) -> str:
+        """The whole image as a ``data:`` address, for the page."""
+        return _address(self.image)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
 class Picture:
     """One example as the model gets it.
 
@@ -89,8 +109,11 @@ class Picture:
         name: File name of the image.
         folder: Name of its folder.
         image: The pixels.
+        crop: What they were cut from, where anything was cut off.
         facts: What was done to it, in words.
+        marks: What was done to it this time and not every time, in a word each.
         caption: The caption as it is trained on.
+        written: The caption as the user wrote it.
         used: Its tokens up to the limit.
         lost: Its tokens behind the limit.
         is_reg: A regularisation image.
@@ -99,8 +122,11 @@ class Picture:
     name: str
     folder: str
     image: Image.Image
+    crop: Crop | None
     facts: tuple[str, ...]
+    marks: tuple[str, ...]
     caption: str
+    written: str
     used: Sequence[Token]
     lost: Sequence[Token]
     is_reg: bool
@@ -110,9 +136,7 @@ class Picture:
         """The picture as a ``data:`` address, for the page."""
         small = self.image.copy()
         small.thumbnail((_PAGE_SIDE, _PAGE_SIDE), Image.Resampling.LANCZOS)
-        buffer = io.BytesIO()
-        small.save(buffer, format="JPEG", quality=85)
-        return "data:image/jpeg;base64," + base64.b64encode(buffer.getvalue()).decode("ascii")
+        return _address(small)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -120,14 +144,27 @@ class ShownBatch:
     """A batch of the page.
 
     Attributes:
-        title: Which it is: epoch, step, batch, bucket.
         epoch: From 1.
+        step: From 1.
+        number: Its place in the epoch, from 1.
+        bucket: Width and height of its pictures.
         pictures: Its examples.
     """
 
-    title: str
     epoch: int
+    step: int
+    number: int
+    bucket: tuple[int, int]
     pictures: tuple[Picture, ...]
+
+    @property
+    def title(self) -> str:
+        """Which it is, and what is in it."""
+        regularisation = sum(picture.is_reg for picture in self.pictures)
+        train = len(self.pictures) - regularisation
+        kinds = f"{train} to train on" + (f", {regularisation} of regularisation" if regularisation else "")
+        where = f"epoch {self.epoch}, step {self.step}, batch {self.number}"
+        return f"{where}: bucket {self.bucket[0]}x{self.bucket[1]}, {kinds}"
 
 
 def write_preview(
@@ -152,10 +189,7 @@ def write_preview(
     for epoch in range(1, min(_EPOCHS, -(-total_steps // plan.steps_per_epoch)) + 1):
         keys = list(_keys(plan, epoch, total_steps))
         shown = list(_limited(keys))
-        batches += [
-            _shown(dataset[key], f"epoch {epoch}, step {key.step + 1}, batch {number}", data, tokens_of, dataset)
-            for number, key in enumerate(shown, 1)
-        ]
+        batches += [_shown(dataset[key], number, dataset, tokens_of) for number, key in enumerate(shown, 1)]
         if len(shown) < len(keys):
             notes.append(f"Epoch {epoch} has {len(keys)} batches; the first {len(shown)} are shown.")
     for earlier in folder.glob("epoch-*-sheet-*.png"):
@@ -187,43 +221,96 @@ def _limited(keys: Sequence[MicroBatch]) -> Iterator[MicroBatch]:
         yield key
 
 
-def _shown(
-    batch: Batch, title: str, data: TrainingData, tokens_of: CaptionTokens, dataset: TrainingDataset
-) -> ShownBatch:
+def _shown(batch: Batch, number: int, dataset: TrainingDataset, tokens_of: CaptionTokens) -> ShownBatch:
     assert batch.pixels is not None, "made without a cache"
     pixels = batch.pixels.add(1).mul(127.5).round().clamp(0, 255).to(torch.uint8).permute(0, 2, 3, 1).numpy()
+    masks = [None] * len(batch.examples) if batch.mask is None else list(batch.mask.numpy())
     height, width = pixels.shape[1:3]
-    pictures = []
-    for position, (example, array, caption) in enumerate(zip(batch.examples, pixels, batch.captions, strict=True)):
-        record = data.records[data.examples[example]]
-        view, (left, top) = dataset.framed(batch.epoch, example)
-        tokens = tokens_of(caption)
-        facts = [
-            f"{record.size[0]}x{record.size[1]} resized to {view.placement.resized[0]}x{view.placement.resized[1]}",
-            f"cropped at {left}, {top}: {view.placement.crop_loss:.1%} lost",
-            f"{record.repeats} repeats",
-            f"{min(len(tokens), tokens_of.limit)} of {tokens_of.limit} tokens",
-        ]
-        if dataset.is_flipped(batch.epoch, example):
-            facts.append("mirrored")
-        if batch.mask is not None:
-            mask = batch.mask[position].numpy()
-            facts.append(f"the mask weighs {mask.mean():.0%} of it")
-            # Darkened where it does not count, but still to be seen.
-            array = (array * (_OUTSIDE_MASK + (1 - _OUTSIDE_MASK) * mask[..., None])).round().astype("uint8")
-        pictures.append(
-            Picture(
-                name=record.path.name,
-                folder=record.path.parent.name,
-                image=Image.fromarray(array),
-                facts=tuple(facts),
-                caption=caption,
-                used=tokens[: tokens_of.limit],
-                lost=tokens[tokens_of.limit :],
-                is_reg=record.is_reg,
-            )
-        )
-    return ShownBatch(title=f"{title}, bucket {width}x{height}", epoch=batch.epoch, pictures=tuple(pictures))
+    return ShownBatch(
+        epoch=batch.epoch,
+        step=batch.step + 1,
+        number=number,
+        bucket=(width, height),
+        pictures=tuple(
+            _picture(dataset, batch.epoch, example, array, mask, caption, tokens_of)
+            for example, array, mask, caption in zip(batch.examples, pixels, masks, batch.captions, strict=True)
+        ),
+    )
+
+
+def _picture(
+    dataset: TrainingDataset,
+    epoch: int,
+    example: int,
+    pixels: Pixels,
+    mask: NDArray[np.float32] | None,
+    caption: str,
+    tokens_of: CaptionTokens,
+) -> Picture:
+    """An example with all that is told of it; ``pixels`` (H, W, 3), ``mask`` (H, W) in 0..1."""
+    record = dataset.data.records[dataset.data.examples[example]]
+    view, origin = dataset.framed(epoch, example)
+    tokens = tokens_of(caption)
+    facts = [
+        *_framing(view, origin),
+        f"in each epoch {record.repeats} times" if record.repeats != 1 else "in each epoch once",
+        f"{min(len(tokens), tokens_of.limit)} of {tokens_of.limit} tokens",
+    ]
+    marks = ["mirrored"] if dataset.is_flipped(epoch, example) else []
+    if mask is not None:
+        marks.append(f"the mask keeps {mask.mean():.0%}")
+        # Darkened where it does not count, but still to be seen.
+        pixels = (pixels * (_OUTSIDE_MASK + (1 - _OUTSIDE_MASK) * mask[..., None])).round().astype("uint8")
+    return Picture(
+        name=record.path.name,
+        folder=record.path.parent.name,
+        image=Image.fromarray(pixels),
+        crop=_crop(view, origin),
+        facts=tuple(facts),
+        marks=tuple(marks),
+        caption=caption,
+        written=_written(record),
+        used=tokens[: tokens_of.limit],
+        lost=tokens[tokens_of.limit :],
+        is_reg=record.is_reg,
+    )
+
+
+def _framing(view: ImageView, origin: Size) -> Iterator[str]:
+    """How the image became as large as its bucket, in words."""
+    placement = view.placement
+    size = f"{view.size[0]}x{view.size[1]}"
+    resized = f"{placement.resized[0]}x{placement.resized[1]}"
+    yield f"{size}, resized to {resized}" if placement.resized != view.size else f"{size}, not resized"
+    if placement.resized == placement.bucket:
+        yield "nothing cut off"
+    else:
+        yield f"cropped at {origin[0]}, {origin[1]}: {placement.crop_loss:.1%} cut off"
+
+
+def _crop(view: ImageView, origin: Size) -> Crop | None:
+    """The whole image and the part of it that is kept; None where that is all of it."""
+    placement = view.placement
+    if placement.resized == placement.bucket:
+        return None
+    whole = Image.fromarray(decode(view.path).rgb)
+    whole.thumbnail((_SOURCE_SIDE, _SOURCE_SIDE), Image.Resampling.LANCZOS)
+    left, top, width, height = (
+        round(100 * length / placement.resized[at % 2], 2) for at, length in enumerate((*origin, *placement.bucket))
+    )
+    return Crop(image=whole, box=(left, top, width, height))
+
+
+def _written(record: ImageRecord) -> str:
+    """What stands in the user's caption file, or in the entry of the metadata file."""
+    return "\n".join(text for text in (record.caption, record.tags) if text)
+
+
+def _address(image: Image.Image) -> str:
+    """``image`` as a ``data:`` address."""
+    buffer = io.BytesIO()
+    image.save(buffer, format="JPEG", quality=85)
+    return "data:image/jpeg;base64," + base64.b64encode(buffer.getvalue()).decode("ascii")
 
 
 # --- the page

@@ -43,8 +43,15 @@ class TrainingMethod(Protocol):
     def after_step(self, step: int) -> dict[str, float]:
         """Whatever must follow the optimizer's step (number of finished steps given); returns figures to log."""
 
-    def save(self, path: Path, metadata: Mapping[str, str]) -> None:
-        """Write the result so far to ``path``, with ``metadata`` where the format has a place for it."""
+    def save(self, path: Path, metadata: Mapping[str, str], *, step: int, epoch: int) -> None:
+        """Write the result after ``step`` steps to ``path``, with ``metadata`` where the format has a place for it.
+
+        Args:
+            path: The file, or the folder where the format is one.
+            metadata: Texts by name.
+            step: Finished optimizer steps.
+            epoch: Finished epochs.
+        """
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
