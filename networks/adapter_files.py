@@ -12,6 +12,8 @@ Shape = tuple[int, ...]
 DOWN: Final = ".lora_down.weight"
 UP: Final = ".lora_up.weight"
 ALPHA: Final = ".alpha"
+OFT_BLOCKS: Final = ".oft_blocks"
+OFT_PREFIX: Final = "oft_unet"
 
 # The first rule with a match wins: a DoRA or Tucker file holds lora_down and lora_up as well.
 _KINDS: Final = (
@@ -19,7 +21,8 @@ _KINDS: Final = (
     ("emb_params", "a textual inversion embedding"),
     (".hada_w1", "a LoHa network"),
     (".lokr_w", "a LoKr network"),
-    (".oft_", "an OFT network"),
+    (OFT_BLOCKS, "OFT"),
+    (".oft_", "an OFT network of another program"),
     (".dora_scale", "a DoRA network"),
     (".lora_mid.", "a LoCon network with Tucker decomposition"),
     ("lora_te1_", "a LoRA for SDXL"),
@@ -42,26 +45,43 @@ def shapes_in_file(path: Path) -> dict[str, Shape]:
 
 
 def kind_of(names: Iterable[str]) -> str:
-    """What the tensors ``names`` make up: ``"LoRA"`` for one that :mod:`networks.lora` reads, else a description."""
+    """What the tensors ``names`` make up: ``"LoRA"`` or ``"OFT"`` for what is read here, else a description."""
     names = list(names)
     for mark, kind in _KINDS:
-        if any(mark in name for name in names):
+        marked = [name for name in names if mark in name]
+        if kind == "OFT" and not all(name.startswith(OFT_PREFIX) for name in marked):
+            continue
+        if marked:
             return kind
     return "no network that is known here"
 
 
 def require_lora(names: Iterable[str], *, where: str) -> None:
-    """Refuse the names of a file that :mod:`networks.lora` cannot use.
+    """Refuse the names of a file that the LoRA family cannot use.
 
     Raises:
         UserError: Saying what the file is instead.
     """
-    kind = kind_of(names)
-    if kind != "LoRA":
+    _require("LoRA", "not a LoRA for Stable Diffusion 1 or 2", "Give a LoRA file", names, where)
+
+
+def require_oft(names: Iterable[str], *, where: str) -> None:
+    """Refuse the names of a file that :mod:`networks.oft` cannot use.
+
+    Raises:
+        UserError: Saying what the file is instead.
+    """
+    _require("OFT", "not one of networks.oft", "Give a file made with networks.oft", names, where)
+
+
+def _require(kind: str, but: str, give: str, names: Iterable[str], where: str) -> None:
+    found = kind_of(names)
+    if found != kind:
+        described = f"a{'n' if found == 'OFT' else ''} {found} network" if found in ("LoRA", "OFT") else found
         raise UserError(
-            f"the file is {kind}, not a LoRA for Stable Diffusion 1 or 2",
+            f"the file is {described}, {but}",
             where=where,
-            remedy="Give a LoRA file, or --network_module of the program that made this one.",
+            remedy=f"{give}, or --network_module of the program that made this one.",
         )
 
 
@@ -73,3 +93,8 @@ def is_pointwise_shape(shape: Shape) -> bool:
 def lora_dims(shapes: Mapping[str, Shape]) -> dict[str, int]:
     """Rank of each module of a LoRA file, by module name."""
     return {name.removesuffix(DOWN): shape[0] for name, shape in shapes.items() if name.endswith(DOWN)}
+
+
+def oft_blocks(shapes: Mapping[str, Shape]) -> dict[str, int]:
+    """Number of blocks of each module of an OFT file, by module name."""
+    return {name.removesuffix(OFT_BLOCKS): shape[0] for name, shape in shapes.items() if name.endswith(OFT_BLOCKS)}

@@ -15,6 +15,7 @@ if TYPE_CHECKING:
     from torch import Tensor
 
 ParameterGroup = dict[str, Any]
+Layer = nn.Linear | nn.Conv2d
 
 
 class AdapterNetwork(Protocol):
@@ -104,6 +105,54 @@ class KeyedInitialization(Protocol):
         ...
 
 
+class LayerModule(Protocol):
+    """One ``nn.Module`` that changes one layer: what :class:`networks.network.LayerNetwork` is made of.
+
+    Attributes:
+        lora_name: Name in the network file, in front of the first dot.
+        multiplier: Strength, 1 in training.
+    """
+
+    lora_name: str
+    multiplier: float
+
+    def initialize(self, seed: int) -> None:
+        """Draw the initial weights from the key ``(seed, "init", lora_name)``."""
+        ...
+
+    def attach(self) -> None:
+        """Make the layer compute with this module."""
+        ...
+
+    def detach(self) -> None:
+        """Let the layer compute without this module again."""
+        ...
+
+    def trained_parameters(self) -> tuple[list[nn.Parameter], list[nn.Parameter]]:
+        """What is trained: at the learning rate of the part, and at that times the ratio of LoRA+."""
+        ...
+
+    def is_in(self, weights: "Mapping[str, Tensor]") -> bool:
+        """Whether a network file holds this module."""
+        ...
+
+    def merge(self, dtype: "torch.dtype | None", device: "torch.device | str | None") -> None:
+        """Fold the change into the layer's weight, computed in float32 and rounded to ``dtype``."""
+        ...
+
+    def change_norm(self) -> "Tensor":
+        """Frobenius norm of the change of the weight at strength 1, 0-d float32."""
+        ...
+
+    def scale_change(self, factor: "Tensor") -> None:
+        """Multiply the change of the weight by ``factor`` (0-d)."""
+        ...
+
+    def parameters(self) -> Iterator[nn.Parameter]:
+        """Every parameter, trained or not."""
+        ...
+
+
 class NamedTextEncoder(nn.Module):
     """Gives the text encoder's modules the names that network files use.
 
@@ -123,16 +172,39 @@ def named_text_encoder(text_encoder: nn.Module) -> nn.Module:
     return NamedTextEncoder(text_encoder)
 
 
-def attach(layer: nn.Module, forward: Callable[..., Any]) -> Callable[..., Any]:
-    """Make ``layer`` call ``forward`` and return what it called until now."""
-    before: Callable[..., Any] = layer.forward
-    layer.forward = forward
-    return before
+class Attachment:
+    """Lets one adapter module stand in for one layer, and steps back again.
 
+    It is no ``nn.Module``, so the layer does not become a child of the module that holds it.
 
-def detach(layer: nn.Module, before: Callable[..., Any]) -> None:
-    """Undo :func:`attach`; ``before`` is what it returned."""
-    if getattr(before, "__func__", None) is type(layer).forward:
-        del layer.forward
-    else:
-        layer.forward = before
+    Attributes:
+        layer: The layer that is changed.
+    """
+
+    def __init__(self, name: str, layer: "Layer") -> None:
+        self.layer = layer
+        self._name = name
+        self._before: Callable[..., Any] | None = None
+
+    def attach(self, forward: "Callable[..., Tensor]") -> None:
+        """Make the layer call ``forward``."""
+        assert self._before is None, f"{self._name} is attached already"
+        self._before = self.layer.forward
+        layer: nn.Module = self.layer
+        layer.forward = forward
+
+    def detach(self) -> None:
+        """Let the layer compute as before; the last one attached to a layer goes first."""
+        assert self._before is not None, f"{self._name} is not attached"
+        layer: nn.Module = self.layer
+        if getattr(self._before, "__func__", None) is type(layer).forward:
+            del layer.forward
+        else:
+            layer.forward = self._before
+        self._before = None
+
+    def original(self, x: "Tensor") -> "Tensor":
+        """What the layer computes without the module."""
+        assert self._before is not None, f"{self._name} is not attached"
+        output: Tensor = self._before(x)
+        return output

@@ -3,12 +3,12 @@
 Importing this module imports nothing heavy, so the options can be checked first.
 """
 
+import difflib
 import importlib
 import importlib.util
 import inspect
 import logging
-from collections.abc import Callable, Mapping, Sequence
-from functools import partial
+from collections.abc import Callable
 from itertools import zip_longest
 from pathlib import Path
 from types import ModuleType
@@ -16,8 +16,9 @@ from typing import TYPE_CHECKING, Any, Final
 
 from library.errors import Problem, UserError
 from library.files import read_tensors
-from networks.adapter_files import ALPHA, Shape, is_pointwise_shape, lora_dims, require_lora, shapes_in_file
-from networks.lora_settings import DEFAULT_DIM, RANK_ARGUMENTS, read_settings
+from networks.adapter_files import ALPHA, kind_of
+from networks.arguments import split_arguments
+from networks.checks import LYCORIS, OWN, base_weight_problems, lycoris_problems, own_problems
 from networks.options import NetworkOptions
 
 if TYPE_CHECKING:
@@ -29,10 +30,8 @@ if TYPE_CHECKING:
 log = logging.getLogger(__name__)
 
 LORA: Final = "networks.lora"
-LYCORIS: Final = "lycoris"
 MATCHED: Final = "<All keys matched successfully>"
 
-_LATER: Final = ("networks.dylora", "networks.lora_fa", "networks.oft")
 _OTHER_FAMILIES: Final = ("anima", "chroma", "flux", "hunyuan", "lllite", "lumina", "sd3")
 
 
@@ -40,13 +39,7 @@ def network_arguments(options: NetworkOptions) -> dict[str, object] | None:
     """``--network_args`` by name, for the metadata, with the dropout that goes with them; None when none are given."""
     if not options.network_args:
         return None
-    return {"dropout": options.network_dropout} | _split(options.network_args)
-
-
-def _split(arguments: Sequence[str]) -> dict[str, object]:
-    """``key=value`` texts by key; of a repeated key the last value holds."""
-    pairs = (text.partition("=") for text in arguments)
-    return {name.strip(): value.strip() for name, _, value in pairs}
+    return {"dropout": options.network_dropout} | split_arguments(options.network_args)
 
 
 def check_network(options: NetworkOptions) -> list[Problem]:
@@ -55,33 +48,23 @@ def check_network(options: NetworkOptions) -> list[Problem]:
         return [
             Problem("--network_module is missing", "--network_module", f"Give --network_module {LORA} to train a LoRA.")
         ]
-    problems = _module_problems(options.network_module)
-    if options.network_module == LORA:
-        problems += _collected(partial(_settings_of, options))
-        if options.network_weights is not None:
-            problems += _collected(partial(_check_network_weights, options.network_weights, options))
-    for path in options.base_weights:
-        problems += _collected(partial(_check_lora_file, path))
-    return problems
-
-
-def _collected(check: Callable[[], object]) -> list[Problem]:
-    try:
-        check()
-    except UserError as error:
-        return list(error.problems)
-    return []
+    return (
+        _module_problems(options.network_module)
+        + own_problems(options)
+        + lycoris_problems(options)
+        + base_weight_problems(options)
+    )
 
 
 def _module_problems(path: str) -> list[Problem]:
     package, _, name = path.partition(".")
     if package == "networks" and not (Path(__file__).parent / f"{name}.py").is_file():
-        if path in _LATER:
-            what, remedy = f"{path} is not available yet", f"Use {LORA}."
-        elif any(family in name for family in _OTHER_FAMILIES):
+        if any(family in name for family in _OTHER_FAMILIES):
             what, remedy = f"{path} is for other models than Stable Diffusion 1 and 2", f"Use {LORA}."
         else:
-            what, remedy = f"there is no network module {path}", f"Use {LORA}, or the import path of another package."
+            near = difflib.get_close_matches(path, OWN, n=1)
+            hint = f"Did you mean {near[0]}? " if near else ""
+            what, remedy = f"there is no network module {path}", f"{hint}There are {', '.join(OWN)}."
         return [Problem(what, "--network_module", remedy)]
     # The top package alone: looking further down would import it.
     return [] if importlib.util.find_spec(package) else [_not_installed(path)]
@@ -94,42 +77,6 @@ def _not_installed(path: str) -> Problem:
     else:
         remedy = f"Install the package that provides {package}, or check the spelling; for LoRA give {LORA}."
     return Problem(f"the network module {path} is not installed", "--network_module", remedy)
-
-
-def _settings_of(options: NetworkOptions) -> object:
-    arguments = _split(options.network_args)
-    if options.dim_from_weights:
-        arguments = {name: value for name, value in arguments.items() if name not in RANK_ARGUMENTS}
-    return read_settings(options.network_dim, options.network_alpha, options.network_dropout, arguments)
-
-
-def _check_lora_file(path: Path) -> dict[str, Shape]:
-    """Names and shapes in a LoRA file, empty where only loading it can tell; a file of another kind is refused."""
-    shapes = shapes_in_file(path)
-    if shapes:
-        require_lora(shapes, where=str(path))
-    return shapes
-
-
-def _check_network_weights(path: Path, options: NetworkOptions) -> None:
-    """Refuse a file that is no LoRA, or whose rank the new network will not have."""
-    shapes = _check_lora_file(path)
-    if options.dim_from_weights or "block_dims" in _split(options.network_args):
-        return
-    dims = _base_dims(shapes)
-    own = options.network_dim or DEFAULT_DIM
-    if dims and own not in dims:
-        given = max(dims, key=dims.count)
-        raise UserError(
-            f"the network file has rank {given}, the new network rank {own}",
-            where=f"--network_weights {path}",
-            remedy=f"Add --dim_from_weights to take the ranks of the file, or set --network_dim {given}.",
-        )
-
-
-def _base_dims(shapes: Mapping[str, Shape]) -> list[int]:
-    """Ranks of the linear layers and 1x1 convolutions in a LoRA file."""
-    return list(lora_dims({name: shape for name, shape in shapes.items() if is_pointwise_shape(shape)}).values())
 
 
 def import_network_module(path: str) -> ModuleType:
@@ -164,20 +111,35 @@ def import_network_module(path: str) -> ModuleType:
     return module
 
 
-def build_network(options: NetworkOptions, *, model: "StableDiffusion", seed: int) -> "AdapterNetwork":
+def build_network(
+    options: NetworkOptions,
+    *,
+    model: "StableDiffusion",
+    seed: int,
+    settle: "Callable[[StableDiffusion], None] | None" = None,
+) -> "AdapterNetwork":
     """Merge the base weights into ``model``, then create the network, draw its weights by ``seed``, attach and load it.
+
+    Args:
+        options: The network.
+        model: The base model; changed in place.
+        seed: Seed of the run.
+        settle: Called with the model in between, when its weights are final and nothing is attached.
 
     Raises:
         UserError: The module, an argument or a file cannot be used.
     """
     from library.randomness import seeded_globals
     from networks.base import KeyedInitialization, named_text_encoder
-    from networks.third_party import explained, made_compatible
+    from networks.third_party import check_algorithm, check_any_layer, explained, made_compatible
 
     assert options.network_module is not None, "checked before"
     module = import_network_module(options.network_module)
+    check_algorithm(module, split_arguments(options.network_args))
     text_encoder = named_text_encoder(model.text_encoder)
     _merge_base_weights(options, text_encoder, model.unet)
+    if settle is not None:
+        settle(model)
     # Modules of other authors draw from the global generators.
     with seeded_globals(seed, "init"), made_compatible(module, model.unet):
         network = explained(
@@ -191,6 +153,7 @@ def build_network(options: NetworkOptions, *, model: "StableDiffusion", seed: in
             not options.network_train_unet_only,
             not options.network_train_text_encoder_only,
         )
+    check_any_layer(module, network)
     if options.network_weights is not None:
         explained(module, "load the network file", lambda: _load(network, options.network_weights))
     attached: AdapterNetwork = network
@@ -200,7 +163,7 @@ def build_network(options: NetworkOptions, *, model: "StableDiffusion", seed: in
 def _create(
     module: ModuleType, options: NetworkOptions, vae: "nn.Module", text_encoder: "nn.Module", unet: "nn.Module"
 ) -> Any:
-    arguments = _split(options.network_args)
+    arguments = split_arguments(options.network_args)
     if options.network_dropout is not None:
         arguments.setdefault("dropout", options.network_dropout)
     if options.dim_from_weights:
@@ -244,12 +207,14 @@ def _load(network: "AdapterNetwork", path: Path | None) -> None:
 def _merge_base_weights(options: NetworkOptions, text_encoder: "nn.Module", unet: "nn.Module") -> None:
     if not options.base_weights:
         return
-    from networks.lora import create_network_from_weights
+    from networks import lora, oft
 
     for path, given in zip_longest(options.base_weights, options.base_weights_multiplier):
         multiplier = 1.0 if given is None else given
-        network, weights = create_network_from_weights(
-            multiplier, str(path), None, text_encoder, unet, for_inference=True
+        tensors = read_tensors(path).tensors
+        create: Callable[..., Any] = (oft if kind_of(tensors) == "OFT" else lora).create_network_from_weights
+        network, weights = create(
+            multiplier, str(path), None, text_encoder, unet, weights_sd=tensors, for_inference=True
         )
         network.merge_to(text_encoder, unet, weights)
         log.info("merged base weights %s, multiplier %s", path.name, multiplier)

@@ -1,18 +1,22 @@
 """What ``--network_dim``, ``--network_alpha``, ``--network_dropout`` and ``--network_args`` mean to a LoRA network.
 
-Nothing heavy is imported, so the arguments can be checked before torch is.
+LoRA, LoRA-FA and DyLoRA share them, as far as an argument makes sense there. Nothing heavy is imported, so they can be
+checked before torch is.
 """
 
-import difflib
 import math
-from collections.abc import Callable, Mapping
+from collections.abc import Collection, Mapping
 from dataclasses import dataclass, replace
-from typing import Final, NamedTuple, TypeVar
+from types import MappingProxyType
+from typing import Final, NamedTuple
 
-from library.errors import Problem, UserError, raise_if_any
+from library.errors import UserError, raise_if_any
+from networks.arguments import ArgumentReader
 from networks.block_weights import BLOCK_COUNT, parse_lr_weights
 
-WHERE: Final = "--network_args"
+LORA: Final = "networks.lora"
+LORA_FA: Final = "networks.lora_fa"
+DYLORA: Final = "networks.dylora"
 DEFAULT_DIM: Final = 4
 RANK_ARGUMENTS: Final = (
     "conv_dim",
@@ -35,8 +39,30 @@ ARGUMENTS: Final = (
     "loraplus_unet_lr_ratio",
     "loraplus_text_encoder_lr_ratio",
 )
-
-Value = TypeVar("Value")
+_LORAPLUS: Final = tuple(name for name in ARGUMENTS if name.startswith("loraplus"))
+_DROPOUTS: Final = ("dropout", "rank_dropout", "module_dropout")
+ARGUMENTS_OF: Final[Mapping[str, tuple[str, ...]]] = MappingProxyType(
+    {
+        LORA: ARGUMENTS,
+        LORA_FA: tuple(name for name in ARGUMENTS if name not in _LORAPLUS),
+        DYLORA: ("conv_dim", "conv_alpha", "unit", *_DROPOUTS, *_LORAPLUS),
+    }
+)
+"""The arguments of each module of the family."""
+_ELSEWHERE: Final[Mapping[str, Mapping[str, str]]] = MappingProxyType(
+    {
+        LORA: {"unit": f"it belongs to {DYLORA}."},
+        LORA_FA: {
+            **dict.fromkeys(_LORAPLUS, "only the up weights are trained, so --learning_rate is theirs already."),
+            "unit": f"it belongs to {DYLORA}.",
+        },
+        DYLORA: {
+            name: f"every layer has the same rank and rate here; {LORA} has them by block."
+            for name in ARGUMENTS
+            if "block" in name or name.endswith("lr_weight")
+        },
+    }
+)
 
 
 class Rank(NamedTuple):
@@ -68,6 +94,7 @@ class LoRASettings:
         block_lr: Learning-rate weight of each U-Net block, or None for one group.
         loraplus_unet: LoRA+ ratio between the learning rates of up and down in the U-Net, or None.
         loraplus_text_encoder: The same in the text encoder.
+        unit: DyLoRA trains the ranks in blocks of this many.
     """
 
     base: Rank = Rank(DEFAULT_DIM, DEFAULT_DIM)
@@ -78,6 +105,7 @@ class LoRASettings:
     block_lr: tuple[float, ...] | None = None
     loraplus_unet: float | None = None
     loraplus_text_encoder: float | None = None
+    unit: int = 1
 
     @property
     def targets_convolutions(self) -> bool:
@@ -85,100 +113,14 @@ class LoRASettings:
         return self.conv is not None or self.conv_blocks is not None
 
 
-class _Reader:
-    """Takes values out of text arguments and collects what is wrong with them."""
-
-    def __init__(self, arguments: Mapping[str, object]) -> None:
-        self.texts = {name: str(value).strip() for name, value in arguments.items() if value is not None}
-        self.problems: list[Problem] = []
-
-    def integer(self, name: str) -> int | None:
-        return self._convert(name, _integer, "a whole number, 0 or more")
-
-    def number(self, name: str) -> float | None:
-        return self._convert(name, _number, "a number, 0 or more")
-
-    def positive(self, name: str) -> float | None:
-        return self._convert(name, _positive, "a number above 0")
-
-    def probability(self, name: str) -> float:
-        return self._convert(name, _probability, "a number from 0 to below 1") or 0.0
-
-    def integers_per_block(self, name: str) -> list[int] | None:
-        return self._convert(name, lambda text: _per_block(text, _integer), f"{BLOCK_COUNT} whole numbers, 0 or more")
-
-    def numbers_per_block(self, name: str) -> list[float] | None:
-        return self._convert(name, lambda text: _per_block(text, _number), f"{BLOCK_COUNT} numbers, 0 or more")
-
-    def wrong(self, what: str, remedy: str, where: str = WHERE) -> None:
-        self.problems.append(Problem(what, where, remedy))
-
-    def _convert(self, name: str, convert: Callable[[str], Value], expected: str) -> Value | None:
-        text = self.texts.get(name)
-        if text is None:
-            return None
-        try:
-            return convert(text)
-        except ValueError as error:
-            detail = f" ({error})" if "values" in str(error) else ""
-            self.wrong(f"{name}={text} is not {expected}{detail}", f"Give {expected}, as in {name}={_EXAMPLES[name]}.")
-            return None
-
-
-_EXAMPLES: Final = {
-    "conv_dim": "8",
-    "conv_alpha": "4",
-    "dropout": "0.1",
-    "rank_dropout": "0.1",
-    "module_dropout": "0.1",
-    "block_dims": "4,4,... (12 down, 1 middle, 12 up)",
-    "block_alphas": "1,1,... (12 down, 1 middle, 12 up)",
-    "conv_block_dims": "4,4,... (12 down, 1 middle, 12 up)",
-    "conv_block_alphas": "1,1,... (12 down, 1 middle, 12 up)",
-    "block_lr_zero_threshold": "0.1",
-    "loraplus_lr_ratio": "16",
-    "loraplus_unet_lr_ratio": "16",
-    "loraplus_text_encoder_lr_ratio": "4",
-}
-
-
-def _integer(text: str) -> int:
-    number = int(text)
-    if number < 0:
-        raise ValueError("negative")
-    return number
-
-
-def _number(text: str) -> float:
-    number = float(text)
-    if not math.isfinite(number) or number < 0:
-        raise ValueError("out of range")
-    return number
-
-
-def _positive(text: str) -> float:
-    number = _number(text)
-    if number == 0:
-        raise ValueError("out of range")
-    return number
-
-
-def _probability(text: str) -> float:
-    number = _number(text)
-    if number >= 1:
-        raise ValueError("out of range")
-    return number
-
-
-def _per_block(text: str, convert: Callable[[str], Value]) -> list[Value]:
-    items = text.split(",")
-    if len(items) != BLOCK_COUNT:
-        raise ValueError(f"it has {len(items)} values")
-    return [convert(item) for item in items]
-
-
 def read_settings(
-    dim: int | None, alpha: float | None, dropout: float | None, arguments: Mapping[str, object]
+    dim: int | None,
+    alpha: float | None,
+    dropout: float | None,
+    arguments: Mapping[str, object],
+    *,
+    module: str = LORA,
+    ranks: Collection[int] | None = None,
 ) -> LoRASettings:
     """Check the arguments of a LoRA network and put them in order.
 
@@ -187,30 +129,56 @@ def read_settings(
         alpha: Alpha (``--network_alpha``); None and 0 mean the rank.
         dropout: Neuron dropout (``--network_dropout``), in [0, 1).
         arguments: The rest by name (``--network_args``), values as text; None counts as not given.
+        module: Import path of the network module, a key of :data:`ARGUMENTS_OF`.
+        ranks: The ranks of a file that decides instead of ``dim``.
 
     Raises:
         UserError: With every unknown name, unreadable value and contradiction found.
     """
-    reader = _Reader(arguments)
-    for name in sorted(reader.texts.keys() - set(ARGUMENTS)):
-        near = difflib.get_close_matches(name, ARGUMENTS, n=1)
-        hint = f"Did you mean {near[0]}?" if near else f"Known are {', '.join(ARGUMENTS)}."
-        reader.wrong(f"networks.lora has no argument {name!r}", hint)
+    reader = ArgumentReader(arguments)
+    reader.refuse_unknown(module, ARGUMENTS_OF[module], _ELSEWHERE[module])
     base = _base_rank(reader, dim, alpha)
     settings = LoRASettings(
         base=base,
-        conv=_conv_rank(reader),
+        conv=_dylora_conv_rank(reader, base) if module == DYLORA else _conv_rank(reader),
         dropouts=_dropouts(reader, dropout),
         block_lr=_block_lr(reader),
         loraplus_unet=_ratio(reader, "loraplus_unet_lr_ratio"),
         loraplus_text_encoder=_ratio(reader, "loraplus_text_encoder_lr_ratio"),
+        unit=_unit(reader, [base.dim] if ranks is None else ranks),
     )
     settings = _with_block_ranks(reader, settings, alpha or 0.0)
     raise_if_any(list(dict.fromkeys(reader.problems)))
     return settings
 
 
-def _base_rank(reader: _Reader, dim: int | None, alpha: float | None) -> Rank:
+def _unit(reader: ArgumentReader, ranks: Collection[int]) -> int:
+    unit = reader.integer("unit")
+    if unit is None:
+        return 1
+    if unit == 0:
+        reader.wrong("unit=0 is not possible", "Give a whole number from 1 that divides the rank.")
+    elif any(rank % unit for rank in ranks):
+        rank = next(rank for rank in ranks if rank % unit)
+        reader.wrong(f"unit={unit} does not divide the rank {rank}", "Give a unit that does, for instance 1.")
+    return unit or 1
+
+
+def _dylora_conv_rank(reader: ArgumentReader, base: Rank) -> Rank | None:
+    dim, alpha = reader.integer("conv_dim"), reader.number("conv_alpha")
+    if alpha is not None and "conv_dim" not in reader.texts:
+        reader.wrong("conv_alpha has no ranks to scale", "Give conv_dim as well.")
+    if not dim:
+        return None
+    if dim != base.dim:
+        reader.wrong(
+            f"conv_dim={dim} is not the rank of the other layers, {base.dim}",
+            f"Give conv_dim={base.dim}, or leave it out: {DYLORA} has one rank.",
+        )
+    return Rank(dim, base.alpha if alpha is None else float(alpha or dim))
+
+
+def _base_rank(reader: ArgumentReader, dim: int | None, alpha: float | None) -> Rank:
     dim = DEFAULT_DIM if dim is None else dim
     if dim < 1:
         reader.wrong(
@@ -223,16 +191,16 @@ def _base_rank(reader: _Reader, dim: int | None, alpha: float | None) -> Rank:
     return Rank(dim, float(alpha or dim))
 
 
-def _conv_rank(reader: _Reader) -> Rank | None:
+def _conv_rank(reader: ArgumentReader) -> Rank | None:
     dim, alpha = reader.integer("conv_dim"), reader.number("conv_alpha")
-    if alpha is not None and not reader.texts.keys() & {"conv_dim", "conv_block_dims"}:
+    if alpha is not None and not reader.any_of(("conv_dim", "conv_block_dims")):
         reader.wrong("conv_alpha has no ranks to scale", "Give conv_dim as well.")
     if dim:
         return Rank(dim, float(dim if alpha == 0 else 1.0 if alpha is None else alpha))
     return None
 
 
-def _dropouts(reader: _Reader, dropout: float | None) -> Dropouts:
+def _dropouts(reader: ArgumentReader, dropout: float | None) -> Dropouts:
     named = reader.probability("dropout")
     if dropout is not None and not 0 <= dropout < 1:
         reader.wrong(
@@ -247,7 +215,7 @@ def _dropouts(reader: _Reader, dropout: float | None) -> Dropouts:
     )
 
 
-def _block_lr(reader: _Reader) -> tuple[float, ...] | None:
+def _block_lr(reader: ArgumentReader) -> tuple[float, ...] | None:
     threshold = reader.number("block_lr_zero_threshold") or 0.0
     sides = (reader.texts.get(f"{side}_lr_weight") for side in ("down", "mid", "up"))
     try:
@@ -257,12 +225,12 @@ def _block_lr(reader: _Reader) -> tuple[float, ...] | None:
         return None
 
 
-def _ratio(reader: _Reader, name: str) -> float | None:
+def _ratio(reader: ArgumentReader, name: str) -> float | None:
     specific = reader.positive(name)
     return specific if specific is not None else reader.positive("loraplus_lr_ratio")
 
 
-def _with_block_ranks(reader: _Reader, settings: LoRASettings, alpha: float) -> LoRASettings:
+def _with_block_ranks(reader: ArgumentReader, settings: LoRASettings, alpha: float) -> LoRASettings:
     """Fill in ranks per block where any are given; a block whose learning rate is 0 gets none, alpha 0 is the rank."""
     dims, alphas = reader.integers_per_block("block_dims"), reader.numbers_per_block("block_alphas")
     conv_dims, conv_alphas = reader.integers_per_block("conv_block_dims"), reader.numbers_per_block("conv_block_alphas")

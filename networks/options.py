@@ -5,6 +5,8 @@ from pathlib import Path
 
 from library.errors import Problem
 from library.options import near_remedy, option, pair_problems, repeated_keys
+from networks.arguments import split_arguments
+from networks.oft_settings import DEFAULT_CONSTRAINT, OFT
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -86,11 +88,29 @@ class NetworkOptions:
         ]
 
     def notices(self) -> list[str]:
-        """Repeated arguments, and text encoder rates beyond the only one that counts."""
+        """Repeated arguments, text encoder rates beyond the only one that counts, and what OFT and LyCORIS ask for."""
         found = repeated_keys(self.network_args, "--network_args")
+        if self.network_module == OFT:
+            return found + self._oft_notices()
+        if str(split_arguments(self.network_args).get("use_scalar", "false")).lower() not in ("false", "0"):
+            found.append(
+                "--network_args: use_scalar is folded into the weights when LyCORIS saves them, so a run that is "
+                "resumed differs from one that was not interrupted"
+            )
         if self.text_encoder_lr is not None and len(set(self.text_encoder_lr)) > 1:
             found.append(
                 f"Stable Diffusion 1 and 2 have one text encoder: the first --text_encoder_lr, "
                 f"{self.text_encoder_lr[0]:g}, is used"
             )
+        return found
+
+    def _oft_notices(self) -> list[str]:
+        found = []
+        if self.network_alpha == 1 and not self.dim_from_weights:
+            found.append(
+                f"--network_alpha is the constraint of {OFT}: 1, the default, hardly limits the rotations; "
+                f"{DEFAULT_CONSTRAINT:g} is usual"
+            )
+        if self.text_encoder_lr is not None:
+            found.append(f"{OFT} has no part for the text encoder: --text_encoder_lr is without effect")
         return found

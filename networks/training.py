@@ -10,11 +10,11 @@ from torch import Tensor, nn
 from library.data.dataset import Batch
 from library.errors import UserError
 from library.files import written_whole
+from library.models.checkpointing import use_checkpointing
+from library.models.precision import save_dtype
 from library.task import DenoisingTask
 from networks.loading import parameter_groups
 from networks.options import NetworkOptions
-
-SAVE_DTYPES = {"float": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
 
 
 class NetworkModule(nn.Module):
@@ -23,7 +23,7 @@ class NetworkModule(nn.Module):
     def __init__(self, task: DenoisingTask, network: nn.Module, *, trains_text_encoder: bool) -> None:
         super().__init__()
         self.unet = task.model.unet
-        self.text_encoder = task.model.text_encoder
+        self.text_encoder = task.text.encoder
         self.network = network
         self._task = task
         self._trains_text_encoder = trains_text_encoder
@@ -47,6 +47,7 @@ class NetworkTraining:
         learning_rate: float,
         gradient_checkpointing: bool,
         save_precision: str | None,
+        offload_checkpoints: bool = False,
     ) -> None:
         text_lr = options.text_encoder_lr[0] if options.text_encoder_lr else None
         trains_text_encoder = not options.network_train_unet_only and text_lr != 0
@@ -55,15 +56,17 @@ class NetworkTraining:
         self._network = network
         self._scale_weight_norms = options.scale_weight_norms
         self._device = task.runtime.device
-        self._dtype = SAVE_DTYPES[save_precision] if save_precision else None
+        self._dtype = save_dtype(save_precision)
         unet, text_encoder = task.model.unet, task.model.text_encoder
         network.prepare_grad_etc(text_encoder, unet)
+        for parameter in network.parameters():
+            parameter.data = parameter.data.to(task.runtime.trained_dtype)
         self._groups = parameter_groups(network, text_encoder_lr=text_lr, unet_lr=options.unet_lr, lr=learning_rate)
         self.module.eval()
         network.on_epoch_start(text_encoder, unet)
         if gradient_checkpointing:
             # The text encoder recomputes only in training mode, where it differs in nothing else: CLIP has no dropout.
-            unet.enable_gradient_checkpointing()
+            use_checkpointing(unet, offload=offload_checkpoints)
             text_encoder.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
             text_encoder.train()
             network.enable_gradient_checkpointing()

@@ -50,6 +50,9 @@ def test_nothing_heavy_is_imported_to_check():
     program = (
         "import sys; from networks.loading import check_network; from networks.options import NetworkOptions;"
         "check_network(NetworkOptions(network_module='networks.lora', network_args=('conv_dim=4',)));"
+        "check_network(NetworkOptions(network_module='networks.dylora', network_args=('unit=2',)));"
+        "check_network(NetworkOptions(network_module='networks.oft', network_args=('enable_conv=1',)));"
+        "check_network(NetworkOptions(network_module='lycoris.kohya', network_args=('algo=dylora',)));"
         "print(*{'torch', 'diffusers', 'transformers', 'lycoris'} & set(sys.modules))"
     )
     root = Path(__file__).parents[2]
@@ -71,9 +74,9 @@ def test_good_options_have_no_problems(tmp_path):
     ("module", "what"),
     [
         (None, "--network_module is missing"),
-        ("networks.dylora", "not available yet"),
         ("networks.lora_flux", "for other models"),
         ("networks.loar", "no network module networks.loar"),
+        ("networks.loar", "Did you mean networks.lora?"),
         ("no_such_package.kohya", "no_such_package.kohya is not installed"),
     ],
 )
@@ -96,6 +99,50 @@ def test_problems_of_arguments_and_files_come_together(tmp_path):
     assert "has rank 8, the new network rank 4" in text
     assert "--dim_from_weights" in text
     assert "LoHa" in text
+
+
+def test_problems_of_the_other_networks(tmp_path):
+    file = tmp_path / "oft.safetensors"
+    save_file({"oft_unet_x.oft_blocks": torch.zeros(2, 3, 3), "oft_unet_x.alpha": torch.tensor(1e-3)}, file)
+    text = problems_of(
+        network_module="networks.oft",
+        network_weights=file,
+        network_args=("enable_covn=1", "conv_dim=4"),
+        network_train_text_encoder_only=True,
+        scale_weight_norms=1.0,
+    )
+    for what in (
+        "no part for the text encoder",
+        "cannot be scaled down",
+        "Did you mean enable_conv?",
+        "networks.oft has no argument 'conv_dim'",
+        "number of blocks 2, the new network number of blocks 4",
+    ):
+        assert what in text
+    assert problems_of(network_module="networks.oft", network_weights=file, network_dim=2) == ""
+    assert problems_of(network_module="networks.oft", base_weights=(file,)) == ""
+    assert "not one of networks.oft" in problems_of(network_module="networks.oft", network_weights=lora_file(tmp_path))
+    assert "not a LoRA" in problems_of(network_module="networks.dylora", network_weights=file)
+    lora = lora_file(tmp_path, dim=6)
+    given = {"network_module": "networks.dylora", "network_weights": lora, "dim_from_weights": True}
+    assert problems_of(**given, network_args=("unit=3",)) == ""
+    assert "unit=4 does not divide the rank 6" in problems_of(**given, network_args=("unit=4",))
+    assert "networks.lora_fa has no argument 'unit'" in problems_of(
+        network_module="networks.lora_fa", network_args=("unit=4",)
+    )
+
+
+def test_notices_of_oft():
+    told = "\n".join(options(network_module="networks.oft", text_encoder_lr=(1e-4,)).notices())
+    assert "1, the default, hardly limits" in told
+    assert "--text_encoder_lr is without effect" in told
+    assert options(network_module="networks.oft", network_alpha=1e-3).notices() == []
+
+
+def test_a_scalar_of_lycoris_is_told():
+    given = {"network_module": "lycoris.kohya"}
+    assert "use_scalar is folded" in options(**given, network_args=("algo=lora", "use_scalar=True")).notices()[0]
+    assert options(**given, network_args=("algo=lora", "use_scalar=False")).notices() == []
 
 
 def test_arguments_for_the_metadata():
@@ -272,7 +319,17 @@ def test_failures_of_other_modules_are_explained(parts, monkeypatch):
 @pytest.mark.filterwarnings("ignore::DeprecationWarning")
 @pytest.mark.parametrize(
     "arguments",
-    [("algo=loha",), ("algo=lokr", "factor=4")],
+    [
+        ("algo=loha",),
+        ("algo=lokr", "factor=4"),
+        ("algo=lora", "dora_wd=True"),
+        ("algo=full",),
+        ("algo=diag-oft",),
+        ("algo=boft",),
+        ("algo=glora",),
+        ("algo=ia3",),
+        ("algo=ia3", "preset=ia3"),
+    ],
     ids=" ".join,
 )
 def test_lycoris_trains_saves_and_loads(parts, tmp_path, arguments):
@@ -315,15 +372,46 @@ def test_lycoris_trains_saves_and_loads(parts, tmp_path, arguments):
     assert torch.allclose(unet_output(from_file), applied, atol=1e-5)
 
 
+@pytest.mark.parametrize(
+    ("arguments", "what"),
+    [
+        (("algo=abba",), "has no algorithm 'abba'\n.*\n.*It has lora, "),
+        (("algo=lohaa",), "Did you mean loha?"),
+    ],
+)
+def test_an_algorithm_that_lycoris_has_not(parts, arguments, what):
+    pytest.importorskip("lycoris")
+    with pytest.raises(UserError, match=what):
+        build_network(options(network_module="lycoris.kohya", network_args=arguments), model=parts, seed=0)
+
+
+def test_a_choice_of_layers_that_matches_none(parts, tmp_path):
+    pytest.importorskip("lycoris")
+    preset = tmp_path / "preset.toml"
+    preset.write_text('unet_target_module = ["Nothing"]\nunet_target_name = []\ntext_encoder_target_module = []\n')
+    given = options(network_module="lycoris.kohya", network_args=("algo=lora", f"preset={preset}"))
+    with pytest.raises(UserError, match=r"lycoris\.kohya found no layer to adapt"):
+        build_network(given, model=parts, seed=0)
+
+
+@pytest.mark.parametrize("algorithm", ["dylora", "TLoRA"])
+def test_algorithms_of_lycoris_that_cannot_work_are_refused(algorithm):
+    text = problems_of(network_module="lycoris.kohya", network_args=(f"algo={algorithm}",))
+    assert f"LyCORIS's {algorithm.lower()}" in text
+
+
 def test_lycoris_starts_from_the_seed_and_its_presets_do_not_leak():
     kohya = pytest.importorskip("lycoris.kohya")
     targets = list(kohya.LycorisNetworkKohya.UNET_TARGET_REPLACE_MODULE)
+    preset, maker = dict(kohya.PRESET["ia3"]), vars(kohya.FullModule)["make_module_from_state_dict"]
     given = options(network_module="lycoris.kohya", network_dim=2, network_args=("algo=loha", "preset=attn-mlp"))
     first = build_network(given, model=tiny_parts(), seed=1).state_dict()
     torch.manual_seed(77)
     second = build_network(given, model=tiny_parts(), seed=1).state_dict()
     assert same_tensors(first, second)
     assert targets == kohya.LycorisNetworkKohya.UNET_TARGET_REPLACE_MODULE
+    assert preset == kohya.PRESET["ia3"]
+    assert maker is vars(kohya.FullModule)["make_module_from_state_dict"]
 
 
 def test_a_file_for_another_kind_of_network_is_refused(parts, tmp_path):

@@ -1,6 +1,7 @@
 """The size of a LoRA told from headers, against the network that is built."""
 
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -24,13 +25,30 @@ def built(model: ModelOptions, options: NetworkOptions) -> int:
     return sum(tensor.numel() for tensor in network.state_dict().values() if tensor.ndim)
 
 
-@pytest.mark.parametrize("more", [{}, {"network_train_unet_only": True}, {"network_train_text_encoder_only": True}])
-def test_a_folder(more: dict[str, bool], folder: Path) -> None:
+@pytest.mark.parametrize(
+    "more",
+    [
+        {},
+        {"network_train_unet_only": True},
+        {"network_train_text_encoder_only": True},
+        {"network_module": "networks.dylora"},
+        {"network_module": "networks.lora_fa"},
+        {"network_module": "networks.oft", "network_dim": 4},
+    ],
+)
+def test_a_folder(more: dict[str, Any], folder: Path) -> None:
     path = folder / "sd1"
     if not path.exists():
         tiny_sd(path, "sd1", layers_per_block=1)
     model = ModelOptions(pretrained_model_name_or_path=str(path))
-    options = NetworkOptions(network_module="networks.lora", network_dim=3, **more)
+    options = NetworkOptions(**{"network_module": "networks.lora", "network_dim": 3} | more)
+    assert trained_values(options, model) == built(model, options)
+
+
+def test_rotations_of_a_checkpoint(folder: Path) -> None:
+    path = tiny_ldm(folder / "oft", "sd1", layers_per_block=1)
+    model = ModelOptions(pretrained_model_name_or_path=str(path))
+    options = NetworkOptions(network_module="networks.oft")
     assert trained_values(options, model) == built(model, options)
 
 
@@ -51,6 +69,7 @@ def test_a_checkpoint(kind: Kind, folder: Path) -> None:
     [
         NetworkOptions(network_module="lycoris.kohya"),
         NetworkOptions(network_module="networks.lora", network_args=("conv_dim=4",)),
+        NetworkOptions(network_module="networks.oft", network_args=("enable_conv=1",)),
         NetworkOptions(network_module="networks.lora", network_weights=Path("other.safetensors")),
     ],
 )
