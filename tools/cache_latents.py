@@ -20,35 +20,14 @@ ROOT = Path(__file__).resolve().parent.parent
 if str(ROOT) not in sys.path:
     sys.path.insert(0, str(ROOT))
 
-from library.data.options import (  # noqa: E402
-    CacheOptions,
-    CaptionOptions,
-    CheckOptions,
-    ImageOptions,
-    LoaderOptions,
-    SourceOptions,
-    ValidationOptions,
-)
-from library.diffusion.options import LossOptions, NoiseOptions  # noqa: E402
+from library.data.options import CacheOptions, CaptionOptions, CheckOptions, ImageOptions, SourceOptions  # noqa: E402
 from library.errors import UserError, raise_if_any, run_script  # noqa: E402
 from library.inputs import read_data  # noqa: E402
 from library.models.detect import check_model_source  # noqa: E402
 from library.models.options import AttentionOptions, ModelOptions, PromptOptions  # noqa: E402
 from library.options import option, parse_options  # noqa: E402
 from library.runtime import Runtime, set_up_logging, start_runtime  # noqa: E402
-from library.runtime_options import ConsoleOptions, DeepSpeedOptions, RuntimeOptions  # noqa: E402
-from library.training.options import (  # noqa: E402
-    HubOptions,
-    LengthOptions,
-    LoggingOptions,
-    MetadataOptions,
-    OptimizerOptions,
-    PreviewOptions,
-    ResumeOptions,
-    SaveOptions,
-    SchedulerOptions,
-)
-from networks.options import NetworkOptions  # noqa: E402
+from library.runtime_options import ConsoleOptions, RuntimeOptions  # noqa: E402
 
 if TYPE_CHECKING:
     from library.data.disk_cache import DiskLatentCache
@@ -78,7 +57,7 @@ class FillOptions:
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Options:
-    """The options of training, so that its command line and its configuration file can be given as they are."""
+    """What decides which images are encoded, and how."""
 
     model: ModelOptions
     source: SourceOptions
@@ -86,26 +65,11 @@ class Options:
     cache: CacheOptions
     fill: FillOptions
     runtime: RuntimeOptions
-    console: ConsoleOptions
-    check: CheckOptions
-    network: NetworkOptions
+    attention: AttentionOptions
     captions: CaptionOptions
     prompts: PromptOptions
-    loader: LoaderOptions
-    length: LengthOptions
-    optimizer: OptimizerOptions
-    scheduler: SchedulerOptions
-    noise: NoiseOptions
-    loss: LossOptions
-    attention: AttentionOptions
-    save: SaveOptions
-    resume: ResumeOptions
-    metadata: MetadataOptions
-    preview: PreviewOptions
-    logging: LoggingOptions
-    validation: ValidationOptions
-    hub: HubOptions
-    deepspeed: DeepSpeedOptions
+    check: CheckOptions
+    console: ConsoleOptions
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -140,7 +104,12 @@ def main(argv: list[str]) -> int:
     command, image, rest = _command(argv)
     notices: list[str] = []
     options = parse_options(
-        Options, rest, prog="cache_latents.py [command]", description=DESCRIPTION, announce=notices.append
+        Options,
+        rest,
+        prog="cache_latents.py [command]",
+        description=DESCRIPTION,
+        announce=notices.append,
+        skips_others=True,
     )
     options = replace(options, cache=replace(options.cache, cache_latents=True, cache_latents_to_disk=True))
     set_up_logging(options.console)
@@ -197,7 +166,8 @@ def explain(work: Work, image: Path) -> int:
             "the image is not in the data set", where=str(image), remedy="Give a file that these options train on."
         )
     for view in views:
-        print("\n".join(cache_upkeep.explain(work.cache(), view, flip=work.uses[view].flip)))
+        use = work.uses[view]
+        print("\n".join(cache_upkeep.explain(work.cache(), view, flip=use.flip, mask=use.mask)))
     return 0
 
 

@@ -1,9 +1,11 @@
 """One file of the latent cache on disk: what is in it, what it was made of, and whether it is whole.
 
 An entry is a ``.npz`` archive of NumPy arrays that other training programs read too: ``latents`` (the posterior's mean,
-float32, (C, h, w), not scaled), ``original_size``, ``crop_ltrb`` and ``latents_flipped``. Ours holds the standard
-deviations besides, and a text ``cache_entry`` that says what it was made of. A file without that text is *foreign*:
-nothing tells which pixels and which VAE it comes from. Nothing is ever unpickled.
+float32, (C, h, w), not scaled), ``original_size``, ``crop_ltrb``, ``latents_flipped`` and ``alpha_mask`` (float32,
+(H, W), 0..1). Ours holds the standard deviations besides, and a text ``cache_entry`` that says what it was made of. A
+file without that text is *foreign*: nothing tells which pixels and which VAE it comes from. The oldest of them are
+pairs, ``a.npz`` and ``a_flip.npz``, each with one array ``arr_0`` and no word about the image's size. Nothing is ever
+unpickled.
 
 The archive's comment, which other programs skip, repeats that text with the places of the arrays and a checksum of the
 whole file: so an entry is checked and read without taking the archive apart, several times as fast.
@@ -23,6 +25,7 @@ from typing import Any, Final
 import numpy as np
 from numpy.typing import NDArray
 
+from library.data.folders import IMAGE_SUFFIXES
 from library.data.images import ImageView, centre_origin, filter_of
 from library.data.spec import Size
 from library.files import write_bytes
@@ -38,11 +41,15 @@ _MARK: Final = b"latents1"
 """Ends the comment of our archives; before it stand the checksum and the length of the description, in hexadecimal."""
 _CHECKSUM_BYTES: Final = 32
 _LENGTH_BYTES: Final = 8
-_ARRAYS: Final = ("latents", "latents_std", "latents_flipped", "latents_flipped_std")
+_ARRAYS: Final = ("latents", "latents_std", "latents_flipped", "latents_flipped_std", "alpha_mask")
+_OLD_ARRAY: Final = "arr_0"
+_OLD_MIRRORED: Final = "_flip"
+"""Ends the stem of the older files with mirrored latents."""
 _SAME_FILTER: Final[Mapping[str, str]] = {"linear": "bilinear", "cubic": "bicubic"}
 _CHUNK: Final = 1 << 20
 
 Latents = NDArray[np.float32]
+Mask = NDArray[np.float32]
 
 
 class UnusableEntryError(Exception):
@@ -141,7 +148,9 @@ class Entry:
         mean: (C, h, w) float32, the posterior's mean, or the sample of a foreign file.
         std: Its standard deviation; zero for a sample.
         mirrored: The two of the mirrored image, where they were made.
-        original_size: Size of the image as displayed.
+        original_size: Size of the image as displayed; None for a file of the older kind, which does not say it.
+        mask: (H, W) float32 in 0..1, the opacity of the image's pixels after resize and crop; ones for an image without
+            transparency. None where it was not asked for.
         settings: How it was made; None for a foreign file.
         source: What it was made of; None for a foreign file.
     """
@@ -149,7 +158,8 @@ class Entry:
     mean: Latents
     std: Latents
     mirrored: tuple[Latents, Latents] | None
-    original_size: Size
+    original_size: Size | None
+    mask: Mask | None = None
     settings: Settings | None = None
     source: Source | None = None
 
@@ -164,7 +174,22 @@ class Entry:
 
     def fits(self, bucket: Size) -> bool:
         """Whether the latents are those of an image of the size of ``bucket``."""
-        return self.mean.shape[1:] == (bucket[1] // LATENT_PIXELS, bucket[0] // LATENT_PIXELS)
+        return self.bucket == bucket
+
+    @property
+    def bucket(self) -> Size:
+        """Size in pixels of what was encoded."""
+        return self.mean.shape[2] * LATENT_PIXELS, self.mean.shape[1] * LATENT_PIXELS
+
+    @property
+    def opacity(self) -> NDArray[np.uint8] | None:
+        """The mask as whole numbers, (H, W) in 0..255."""
+        return None if self.mask is None else np.rint(self.mask * 255).astype(np.uint8)
+
+    @property
+    def has_right_mask(self) -> bool:
+        """Whether there is a mask, and it has the size of what was encoded."""
+        return self.mask is not None and self.mask.shape == (self.bucket[1], self.bucket[0])
 
 
 def content_digest(path: Path) -> str:
@@ -184,6 +209,7 @@ def write_entry(path: Path, entry: Entry) -> None:
     """
     assert entry.settings is not None, "only our own entries are written"
     assert entry.source is not None, "only our own entries are written"
+    assert entry.original_size is not None, "only our own entries are written"
     left, top = entry.settings.origin
     width, height = entry.settings.bucket
     arrays: dict[str, NDArray[Any]] = {
@@ -194,6 +220,8 @@ def write_entry(path: Path, entry: Entry) -> None:
     }
     if entry.mirrored is not None:
         arrays["latents_flipped"], arrays["latents_flipped_std"] = entry.mirrored
+    if entry.mask is not None:
+        arrays["alpha_mask"] = entry.mask
     # In the order in which they are read back.
     arrays = {name: np.ascontiguousarray(values) for name, values in arrays.items()}
     facts = {"settings": asdict(entry.settings), "source": asdict(entry.source), "original_size": entry.original_size}
@@ -247,7 +275,7 @@ def read_entry(path: Path) -> Entry:
         raise UnusableEntryError("damaged: not a whole .npz file") from error
     if _FACTS in arrays:
         raise UnusableEntryError("damaged: another program has changed it")
-    return _foreign(arrays)
+    return _old(arrays, path) if _OLD_ARRAY in arrays else _foreign(arrays)
 
 
 def _ours(content: bytearray) -> Entry:
@@ -265,7 +293,10 @@ def _ours(content: bytearray) -> Entry:
         return Entry(
             mean=arrays["latents"],
             std=arrays["latents_std"],
-            mirrored=(arrays["latents_flipped"], arrays["latents_flipped_std"]) if len(arrays) > 2 else None,
+            mirrored=(
+                (arrays["latents_flipped"], arrays["latents_flipped_std"]) if "latents_flipped" in arrays else None
+            ),
+            mask=arrays.get("alpha_mask"),
             original_size=(width, height),
             settings=Settings(**settings),
             source=Source(**description["source"]),
@@ -278,9 +309,26 @@ def _array(content: bytearray, position: int, shape: Sequence[int]) -> Latents:
     return np.frombuffer(content, np.float32, math.prod(shape), position).reshape(shape)
 
 
+def _old(arrays: Mapping[str, NDArray[Any]], path: Path) -> Entry:
+    """The entry in a file of the older kind, with the mirrored latents from the file beside it."""
+    latents = _sample(arrays[_OLD_ARRAY])
+    mirrored: Latents | None = None
+    beside = path.with_name(f"{path.stem}{_OLD_MIRRORED}{path.suffix}")
+    # Beside an image of that name the file holds its own latents.
+    if not any(beside.with_suffix(suffix).exists() for suffix in IMAGE_SUFFIXES):
+        try:
+            with np.load(beside, allow_pickle=False) as archive:
+                mirrored = _sample(archive[_OLD_ARRAY])
+        except FileNotFoundError:
+            pass
+        except UnusableEntryError:
+            raise
+        except Exception as error:  # whatever the bytes make the reader stumble over
+            raise UnusableEntryError(f"damaged: {beside.name} beside it is not a whole .npz file") from error
+    return _of_samples(latents, mirrored, original_size=None, mask=None)
+
+
 def _foreign(arrays: Mapping[str, NDArray[Any]]) -> Entry:
-    if "arr_0" in arrays:
-        raise UnusableEntryError("in an old format that does not say which image size it is for")
     missing = [name for name in ("latents", "original_size", "crop_ltrb") if name not in arrays]
     if missing:
         raise UnusableEntryError(f"not a file of latents: no {', '.join(missing)}")
@@ -289,13 +337,26 @@ def _foreign(arrays: Mapping[str, NDArray[Any]]) -> Entry:
         raise UnusableEntryError("not a file of latents: original_size is no width and height")
     latents, flipped = _sample(arrays["latents"]), arrays.get("latents_flipped")
     mirrored = None if flipped is None else _sample(flipped)
+    mask = arrays.get("alpha_mask")
+    if mask is not None and (mask.dtype.kind != "f" or not ((mask >= 0) & (mask <= 1)).all()):
+        raise UnusableEntryError("not a file of latents: alpha_mask is no array of numbers from 0 to 1")
+    return _of_samples(
+        latents,
+        mirrored,
+        original_size=(int(size[0]), int(size[1])),
+        mask=None if mask is None else mask.astype(np.float32),
+    )
+
+
+def _of_samples(latents: Latents, mirrored: Latents | None, *, original_size: Size | None, mask: Mask | None) -> Entry:
     if mirrored is not None and mirrored.shape != latents.shape:
         raise UnusableEntryError("not a file of latents: the mirrored ones have another size")
     return Entry(
         mean=latents,
         std=np.zeros_like(latents),
         mirrored=None if mirrored is None else (mirrored, np.zeros_like(mirrored)),
-        original_size=(int(size[0]), int(size[1])),
+        original_size=original_size,
+        mask=mask,
     )
 
 

@@ -3,13 +3,17 @@
 That name is ``<stem>_<W>x<H>_sd.npz`` with the size of the image in four digits. It is too short for two cases, which
 get names of ours: images that share a stem (``a.png`` and ``a.jpg``) keep their suffix in it, and what is made of an
 image with other settings than the entry that has the name already goes beside it, under ``..._sd.<settings>.npz``.
+
+A metadata file may name images anywhere, but nothing is written there: the entry of an image that lies neither below
+the image folder nor below that of the metadata file goes into the image folder, as ``<stem>-<digest of its path>_...``.
 """
 
+import hashlib
 import os
 import re
 import unicodedata
 from collections import Counter
-from collections.abc import Iterable
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Final
@@ -28,35 +32,62 @@ class Place:
     Attributes:
         shared: The name that other programs know.
         own: The name that only these settings have.
-        legacy: The name that older programs used; never written. None where it could be another image's.
+        elsewhere: Where it is looked for, too, and never written: the name that older programs used, where it cannot be
+            another image's, and the place beside an image that lies outside the folders of its data set.
         may_share: Whether ``shared`` may be written to: by one view of an image only.
         is_certain: Whether a foreign file of the shared name can only be this image's.
+        is_sized: Whether a metadata file says at which size the image is trained.
+        is_moved: Whether the image lies outside the folders of its data set, and its entry inside.
     """
 
     shared: Path
     own: Path
-    legacy: Path | None
+    elsewhere: tuple[Path, ...]
     may_share: bool
     is_certain: bool
+    is_sized: bool = False
+    is_moved: bool = False
 
     @property
     def candidates(self) -> tuple[Path, ...]:
         """Where to look, in order."""
-        return (self.own, self.shared) if self.legacy is None else (self.own, self.shared, self.legacy)
+        return (self.own, self.shared, *self.elsewhere)
+
+    @property
+    def written(self) -> tuple[Path, Path]:
+        """Where may be written."""
+        return self.own, self.shared
+
+
+@dataclass(frozen=True, slots=True)
+class Home:
+    """What the data set of an image says about the place of its entry.
+
+    Attributes:
+        folders: Below these may be written, and into the first where the image lies below none; none: beside the image.
+        is_sized: Whether a metadata file says at which size the image is trained.
+    """
+
+    folders: tuple[Path, ...] = ()
+    is_sized: bool = False
 
 
 class Places:
     """The places of the entries of a training set; it can be sent to another process."""
 
-    def __init__(self, views: Iterable[ImageView]) -> None:
+    def __init__(self, homes: Mapping[ImageView, Home]) -> None:
         """Look for images that could be taken for one another.
 
         Args:
-            views: All views that a run encodes, in the order of encoding.
+            homes: All views that a run encodes, in the order of encoding.
         """
+        self._homes = homes
+        self._new_folders = {
+            key: _folder_to_write(*key) for key in {(view.path.parent, home.folders) for view, home in homes.items()}
+        }
         images: set[Path] = set()
         self._secondary: set[ImageView] = set()
-        for view in views:
+        for view in homes:
             if view.path in images:
                 self._secondary.add(view)
             images.add(view.path)
@@ -67,14 +98,39 @@ class Places:
         path = view.path
         is_certain = path not in self._doubtful
         width, height = view.size
-        name = f"{path.stem if is_certain else path.name}_{width:04d}x{height:04d}_sd"
+        stem, rest = path.stem if is_certain else path.name, f"_{width:04d}x{height:04d}_sd"
+        home = self._homes[view]
+        folder = self._new_folders[path.parent, home.folders]
+        beside = (path.with_name(f"{stem}{rest}.npz"), *((path.with_suffix(".npz"),) if is_certain else ()))
+        elsewhere, shared = beside[1:], beside[0]
+        if folder is not None:
+            elsewhere, shared = beside, folder / f"{stem}-{_path_digest(path)}{rest}.npz"
         return Place(
-            shared=path.with_name(f"{name}.npz"),
-            own=path.with_name(f"{name}.{settings}.npz"),
-            legacy=path.with_suffix(".npz") if is_certain else None,
+            shared=shared,
+            own=shared.with_name(f"{shared.stem}.{settings}.npz"),
+            elsewhere=elsewhere,
             may_share=view not in self._secondary,
             is_certain=is_certain,
+            is_sized=home.is_sized,
+            is_moved=folder is not None,
         )
+
+
+def _folder_to_write(folder: Path, allowed: Sequence[Path]) -> Path | None:
+    """Where to write the entries of images in ``folder``, where that is not allowed itself; links are followed."""
+    real = os.path.realpath(folder)
+    roots = [os.path.realpath(root) for root in allowed]
+    if not roots or any(os.path.commonpath((real, root)) == root for root in roots if _on_one_drive(real, root)):
+        return None
+    return next((root for root in allowed if root.is_dir()), allowed[0])
+
+
+def _on_one_drive(one: str, other: str) -> bool:
+    return os.path.splitdrive(one)[0] == os.path.splitdrive(other)[0]
+
+
+def _path_digest(path: Path) -> str:
+    return hashlib.blake2b(os.path.realpath(path).encode("utf-8", "surrogateescape"), digest_size=4).hexdigest()
 
 
 def _doubtful(folder: Path) -> set[Path]:

@@ -17,7 +17,7 @@ _ABANDONED_SECONDS: Final = 3600
 """A file in the making that has not changed for so long belongs to no process any more."""
 
 
-def explain(cache: DiskLatentCache, view: ImageView, *, flip: bool) -> list[str]:
+def explain(cache: DiskLatentCache, view: ImageView, *, flip: bool, mask: bool = False) -> list[str]:
     """What is looked for as the entry of ``view``, what is found, and what follows from it."""
     settings, place = cache.settings(view), cache.place(view)
     lines = [f"{view.path.name}, {view.size[0]}x{view.size[1]}: {_described(settings)}"]
@@ -29,9 +29,9 @@ def explain(cache: DiskLatentCache, view: ImageView, *, flip: bool) -> list[str]
         except UnusableEntryError as error:
             lines.append(f"  {path.name}: {error}")
         else:
-            reason = objection(entry, view, settings, place, flip=flip)
+            reason = objection(entry, view, settings, place, flip=flip, mask=mask)
             lines.append(f"  {path.name}: {_origin(entry)}; {reason or 'the settings fit'}")
-    verdict = cache.judge(view, flip=flip, reads_image=True)
+    verdict = cache.judge(view, flip=flip, mask=mask, reads_image=True)
     lines.append(f"  it will be made: {verdict.reason}" if verdict.path is None else f"  used: {verdict.path.name}")
     return lines
 
@@ -42,7 +42,7 @@ def unused_files(cache: DiskLatentCache, uses: Mapping[ImageView, Use], *, progr
     Files of other programs are never among them, as long as they can be read.
     """
     used = {verdict.path for verdict in cache.judge_all(uses, progress=progress).values()}
-    folders = sorted({view.path.parent for view in uses})
+    folders = sorted({cache.place(view).own.parent for view in uses})
     return [path for folder in folders for path in _ours(folder) if path not in used]
 
 

@@ -1,8 +1,7 @@
 """Caption files: which one belongs to an image, and what it says."""
 
 import os
-from collections.abc import Iterable, Mapping
-from dataclasses import dataclass
+from collections.abc import Iterable, Mapping, Set
 from pathlib import Path
 from typing import Final
 
@@ -19,23 +18,12 @@ class UnreadableCaptionError(Exception):
     """The file is no UTF-8 text; the message says where it goes wrong and what the encoding may be."""
 
 
-@dataclass(frozen=True, slots=True)
-class CaptionFile:
-    """What a caption file says.
-
-    Attributes:
-        text: Its first line, or all lines that are not blank when wildcards are on; without surrounding spaces.
-        lines: Number of lines that are not blank.
-    """
-
-    text: str
-    lines: int
-
-
 def index_names(names: Iterable[str]) -> dict[str, str]:
     """A folder's file names, to be found by :func:`caption_name`: the case of their suffix does not matter."""
-    ordered = sorted(names, reverse=True)
-    return {_key(name): name for name in ordered} | {name: name for name in ordered if _key(name) == name}
+    exact = {name: name for name in names}
+    # Names without capitals are their own key.
+    other = sorted((name for name in exact if name != name.lower()), reverse=True)
+    return {_key(name): name for name in other} | exact
 
 
 def _key(name: str) -> str:
@@ -59,27 +47,60 @@ def caption_name(image_name: str, extension: str, names: Mapping[str, str]) -> s
     return next((name for name in found if name is not None), None)
 
 
-def read_caption(path: Path, *, all_lines: bool) -> CaptionFile:
-    """The caption in ``path``; a byte-order mark is no part of it.
+def caption_names(images: Iterable[str], extension: str, names: Set[str]) -> dict[str, str | None]:
+    """The caption file of each image by the name of the image, or None.
 
     Args:
-        path: The caption file.
-        all_lines: Keep every line (for wildcards) instead of the first.
+        images: File names of images that are not hidden.
+        extension: Caption extension, with its dot.
+        names: The names of all files of the folder.
+    """
+    found: dict[str, str | None] = dict.fromkeys(images)
+    if extension.islower():
+        # The usual case, which a large folder has many times.
+        for image in found:
+            exact = image[: image.rfind(".")] + extension
+            if exact in names:
+                found[image] = exact
+    rest = [image for image, name in found.items() if name is None]
+    if rest:
+        index = index_names(names)
+        found.update((image, caption_name(image, extension, index)) for image in rest)
+    return found
+
+
+def read_text(path: str | Path) -> str:
+    """What the text file ``path`` holds; a byte-order mark is no part of it.
 
     Raises:
         UnreadableCaptionError: The file is not UTF-8.
         OSError: The file cannot be opened.
     """
-    content = path.read_bytes()
+    # Unbuffered: the whole file is read at once.
+    with open(path, "rb", buffering=0) as file:
+        content = file.read()
     try:
         text = content.decode("utf-8-sig")
     except UnicodeDecodeError as mistake:
         raise UnreadableCaptionError(_explain_encoding(content, mistake.start)) from mistake
     if "\0" in text:
         raise UnreadableCaptionError(_explain_encoding(content, content.index(0)))
+    return text
+
+
+def caption_in(text: str, *, all_lines: bool) -> tuple[str, int]:
+    """The caption that the content of a caption file holds, and the number of its lines that are not blank.
+
+    Args:
+        text: What the file holds.
+        all_lines: Keep every line that is not blank (for wildcards) instead of the first line alone.
+    """
+    single = text.rstrip()
+    if "\n" not in single and "\r" not in single:
+        return single.lstrip(), 1 if single else 0
     lines = text.replace("\r\n", "\n").replace("\r", "\n").split("\n")
     filled = [line.strip() for line in lines if line.strip()]
-    return CaptionFile("\n".join(filled) if all_lines else lines[0].strip(), len(filled))
+    return "\n".join(filled) if all_lines else lines[0].strip(), len(filled)
 
 
 def _explain_encoding(content: bytes, offset: int) -> str:

@@ -1,11 +1,13 @@
 """From options, a dataset file or named folders to a :class:`DataSpec`, with everything that is wrong told at once."""
 
 import logging
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable
 from dataclasses import dataclass, fields, replace
+from difflib import get_close_matches
 from pathlib import Path
 from typing import Any, Final
 
+from library.data.cache_conflicts import cache_conflicts
 from library.data.config_file import DatasetSection, Section, read_dataset_file
 from library.data.findings import Finding, error, warning, warnings_of
 from library.data.folders import explain_base_dir, image_names, parse_folder_name, shown_name, subfolder_names
@@ -14,6 +16,7 @@ from library.data.options import CacheOptions, CaptionOptions, ImageOptions, Sou
 from library.data.schema import CAPTION_DROPOUT_KEYS, KEYS
 from library.data.spec import AugmentRules, BucketRules, CaptionRules, DatasetSpec, DataSpec, Size, SubsetSpec
 from library.data.styles import check_style
+from library.data.support import NETWORK, DataSupport, check_general, check_support
 
 _log = logging.getLogger(__name__)
 
@@ -54,7 +57,7 @@ def load_spec(
     captions: CaptionOptions,
     cache: CacheOptions,
     *,
-    caption_dropout: bool = True,
+    support: DataSupport = NETWORK,
 ) -> DataSpec:
     """The training set that the options describe; what is remarkable about it goes to the log.
 
@@ -63,12 +66,12 @@ def load_spec(
         image: Fallbacks for what the dataset file does not say about images.
         captions: Fallbacks for what it does not say about captions.
         cache: Whether latents are cached, which excludes some augmentations.
-        caption_dropout: Whether the method can leave captions out.
+        support: What the method can use.
 
     Raises:
         UserError: With every problem found.
     """
-    spec, findings = read_spec(source, image, captions, cache, caption_dropout=caption_dropout)
+    spec, findings = read_spec(source, image, captions, cache, support=support)
     for finding in warnings_of(findings):
         _log.warning("%s", finding)
     return spec
@@ -80,16 +83,16 @@ def read_spec(
     captions: CaptionOptions,
     cache: CacheOptions,
     *,
-    caption_dropout: bool = True,
+    support: DataSupport = NETWORK,
 ) -> tuple[DataSpec, list[Finding]]:
     """As :func:`load_spec`, but with the findings returned, errors among them: the rest can then be checked too.
 
     Raises:
         UserError: The dataset file cannot be read at all.
     """
-    flags = _command_line(source, image, captions, caption_dropout=caption_dropout)
+    flags = _command_line(source, image, captions, support)
     if source.dataset_config is not None:
-        spec, findings = _from_file(source.dataset_config, flags, caption_dropout=caption_dropout)
+        spec, findings = _from_file(source.dataset_config, flags, support)
         if source.train_data_dir or source.reg_data_dir or source.in_json:
             findings.append(
                 warning(
@@ -101,22 +104,24 @@ def read_spec(
     elif source.in_json is not None:
         spec, findings = _from_metadata(source.in_json, source, flags)
     else:
-        spec, findings = _from_folders(source, flags)
-    findings.extend(_cache_conflicts(spec, cache))
+        spec, findings = _from_folders(source, flags, support)
+    findings.extend(check_support(spec, source, captions, support))
+    if cache.settled().cache_latents:
+        findings.extend(cache_conflicts(spec))
     findings.extend(_without_effect(spec))
     findings.extend(_mask_conflicts(spec, source))
     return spec, findings
 
 
 def _command_line(
-    source: SourceOptions, image: ImageOptions, captions: CaptionOptions, *, caption_dropout: bool
+    source: SourceOptions, image: ImageOptions, captions: CaptionOptions, support: DataSupport
 ) -> Section:
     """The options as the outermost section, under the names that the keys have in a file."""
     given: dict[str, Any] = {"dataset_repeats": source.dataset_repeats, "cache_info": source.cache_info}
     for group in (image, captions.settled()):
         given |= {option.name: getattr(group, option.name) for option in fields(group)}
     keys = [key for key in KEYS.values() if key.flag is not None and given.get(key.flag) is not None]
-    if not caption_dropout:
+    if not support.caption_dropout:
         keys = [key for key in keys if key.name not in CAPTION_DROPOUT_KEYS]
     return Section(
         "command line",
@@ -125,8 +130,9 @@ def _command_line(
     )
 
 
-def _from_file(path: Path, flags: Section, *, caption_dropout: bool) -> tuple[DataSpec, list[Finding]]:
-    file, findings = read_dataset_file(path, caption_dropout=caption_dropout)
+def _from_file(path: Path, flags: Section, support: DataSupport) -> tuple[DataSpec, list[Finding]]:
+    file, findings = read_dataset_file(path, caption_dropout=support.caption_dropout)
+    findings.extend(check_general(file.general, support))
     datasets = []
     for dataset in file.datasets:
         chain = _Chain((dataset.section, file.general, flags))
@@ -158,7 +164,7 @@ def _subsets_of(dataset: DatasetSection, chain: _Chain, beside: Path, findings: 
         if metadata_file is not None:
             subset = _described_subset(own, _locate(metadata_file, beside), folder, section.where)
         elif folder is not None:
-            subset = _subset(own, folder, section.where)
+            subset = _subset(own, folder, section.where, written=str(image_dir))
         else:
             findings.append(
                 error("the subset has no image_dir", section.where, "Add image_dir = 'folder of the images'.")
@@ -169,12 +175,25 @@ def _subsets_of(dataset: DatasetSection, chain: _Chain, beside: Path, findings: 
 
 
 def _locate(written: str, beside: Path) -> Path:
-    """A path as the current directory has it; or else, if it is there, as the folder of the dataset file has it."""
+    """A path as the current directory has it; or else, if it is there, as the folder of the dataset file has it.
+
+    Where it is in neither, the folder of the file has it if a folder there is called alike: that name is then proposed.
+    """
     path = Path(written).expanduser()
-    return beside / path if not path.exists() and (beside / path).exists() else path
+    if path.exists():
+        return path
+    other = beside / path
+    return other if other.exists() or (_has_namesake(other) and not _has_namesake(path)) else path
 
 
-def _subset(chain: _Chain, image_dir: Path, where: str) -> SubsetSpec:
+def _has_namesake(path: Path) -> bool:
+    """Whether a folder is called almost like the first part of ``path`` that does not exist."""
+    existing = next((parent for parent in path.parents if parent.is_dir()), Path())
+    names = [name.lower() for name in subfolder_names(existing)]
+    return bool(get_close_matches(path.relative_to(existing).parts[0].lower(), names, n=1))
+
+
+def _subset(chain: _Chain, image_dir: Path, where: str, *, written: str | None = None) -> SubsetSpec:
     return SubsetSpec(
         image_dir=image_dir,
         name=shown_name(image_dir),
@@ -188,6 +207,8 @@ def _subset(chain: _Chain, image_dir: Path, where: str) -> SubsetSpec:
         resize_interpolation=chain["resize_interpolation"],
         alpha_mask=chain["alpha_mask"],
         custom_attributes=chain["custom_attributes"],
+        cache_info=chain["cache_info"],
+        written_dir=str(image_dir) if written is None else written,
     )
 
 
@@ -220,26 +241,31 @@ def _from_metadata(metadata_file: Path, source: SourceOptions, flags: Section) -
     return DataSpec(datasets=(_dataset(chain, (subset,), "--in_json", findings),), where="--in_json"), findings
 
 
-def _from_folders(source: SourceOptions, flags: Section) -> tuple[DataSpec, list[Finding]]:
+def _from_folders(source: SourceOptions, flags: Section, support: DataSupport) -> tuple[DataSpec, list[Finding]]:
     """The data set made of the folders ``<repeats>_<class tokens>`` in ``--train_data_dir`` and ``--reg_data_dir``."""
     findings: list[Finding] = []
-    if source.train_data_dir is None:
-        findings.append(
-            error(
-                "no training images are given",
-                "command line",
-                "Give --dataset_config=FILE, or --train_data_dir=FOLDER with folders such as '10_sks dog' in it.",
-            )
-        )
+    if source.train_data_dir is None or not support.folders:
+        findings.append(_nothing_given(support))
     chain = _Chain((flags,))
     subsets = tuple(
         _with_masks(subset, source.conditioning_data_dir)
         for base, flag in ((source.train_data_dir, "--train_data_dir"), (source.reg_data_dir, "--reg_data_dir"))
-        if base is not None
+        if base is not None and support.folders
         for subset in _named_subsets(base, flag, chain, findings)
     )
     dataset = _dataset(chain, subsets, "--train_data_dir", findings)
     return DataSpec(datasets=(dataset,), where="--train_data_dir"), findings
+
+
+def _nothing_given(support: DataSupport) -> Finding:
+    if not support.folders:
+        remedy = (
+            "Give --dataset_config=FILE, or --in_json=FILE with its images in --train_data_dir=FOLDER; "
+            "train_db.py and train_network.py train on folders alone."
+        )
+        return error("no metadata file is given, and this method trains on nothing else", "command line", remedy)
+    remedy = "Give --dataset_config=FILE, or --train_data_dir=FOLDER with folders such as '10_sks dog' in it."
+    return error("no training images are given", "command line", remedy)
 
 
 def _with_masks(subset: SubsetSpec, masks: Path | None) -> SubsetSpec:
@@ -307,6 +333,8 @@ def _dataset(chain: _Chain, subsets: tuple[SubsetSpec, ...], where: str, finding
         buckets=rules,
         subsets=subsets,
         network_multiplier=chain["network_multiplier"],
+        validation_split=chain["validation_split"],
+        validation_seed=chain["validation_seed"],
         where=where,
     )
 
@@ -428,6 +456,12 @@ def _without_effect(spec: DataSpec) -> Iterable[Finding]:
                 "Leave it out.",
             )
         for subset in dataset.subsets:
+            if subset.cache_info and subset.metadata_file is not None:
+                yield warning(
+                    f"cache_info has no effect on '{subset.name}': its metadata file holds the captions already",
+                    subset.where,
+                    "Leave it out.",
+                )
             if subset.custom_attributes.get("diff_output_preservation"):
                 yield error(
                     f"diff_output_preservation is not available yet (images '{subset.name}')",
@@ -440,23 +474,4 @@ def _without_effect(spec: DataSpec) -> Iterable[Finding]:
                     f"custom_attributes of '{subset.name}' are read by nothing here: {names}",
                     subset.where,
                     "Leave them out.",
-                )
-
-
-def _cache_conflicts(spec: DataSpec, cache: CacheOptions) -> Iterable[Finding]:
-    if not cache.settled().cache_latents:
-        return
-    for dataset in spec.datasets:
-        for subset in dataset.subsets:
-            changes: Mapping[str, bool] = {
-                "color_aug": subset.augment.color_aug,
-                "random_crop": subset.augment.random_crop,
-                "face_crop_aug_range": subset.augment.face_crop_aug_range is not None
-                and not dataset.buckets.enable_bucket,
-            }
-            for name in (name for name, is_on in changes.items() if is_on):
-                yield error(
-                    f"{name} changes the pixels each time, so latents cannot be cached (images '{subset.name}')",
-                    subset.where,
-                    f"Leave out --cache_latents, or {name} for these images.",
                 )

@@ -1,6 +1,6 @@
 """From the keys of a plan to batches. A batch depends on its key alone: no clock, no counter, no global generator."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, fields, replace
 from typing import Any, TypeAlias
 
@@ -9,8 +9,9 @@ from torch import Tensor
 
 from library.data.epoch_plan import MicroBatch
 from library.data.face_crop import crop_around
-from library.data.images import ImageView, Pixels, crop_origin, jitter_colour, load_view, to_tensor
+from library.data.images import ImageView, Pixels, crop_origin, jitter_colour, load_image, load_view, to_tensor
 from library.data.latent_encoding import LatentSource
+from library.data.latent_files import is_latent_file, picture_of
 from library.data.mask_cache import MaskCache
 from library.data.masks import load_mask
 from library.data.setup import TrainingData
@@ -98,7 +99,7 @@ class TrainingDataset:
         captions = tuple(self.example_caption(key.epoch, example, step=key.step) for example in key.examples)
         tokens = [self.tokenize(caption) for caption in captions]
         weights = [token_weights for _, token_weights in tokens if token_weights is not None]
-        pixels, mean, std = self._images(key)
+        pixels, mean, std, masks = self._images(key)
         return Batch(
             epoch=key.epoch,
             step=key.step,
@@ -110,7 +111,7 @@ class TrainingDataset:
             token_weights=torch.stack(weights) if weights else None,
             captions=captions,
             loss_weight=torch.tensor([self._loss_weight(key, example) for example in key.examples]),
-            mask=self._masks(key),
+            mask=_stacked(masks),
             is_padding=key.is_padding,
         )
 
@@ -128,24 +129,34 @@ class TrainingDataset:
             return 0.0
         return self.prior_loss_weight if self.data.records[self.data.examples[example]].is_reg else 1.0
 
-    def _images(self, key: MicroBatch) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
-        """Pixels, or mean and standard deviation of the latents."""
+    def _images(self, key: MicroBatch) -> tuple[Tensor | None, Tensor | None, Tensor | None, list[Tensor | None]]:
+        """Pixels, or mean and standard deviation of the latents; and the masks."""
         if self.cache is None:
-            return torch.stack([self._pixels(key.epoch, example) for example in key.examples]), None, None
+            loaded = [self._loaded(key.epoch, example) for example in key.examples]
+            return torch.stack([pixels for pixels, _ in loaded]), None, None, [mask for _, mask in loaded]
         latents = [
             self.cache.get(self.data.examples[example], flipped=self.is_flipped(key.epoch, example))
             for example in key.examples
         ]
-        return None, torch.stack([mean for mean, _ in latents]), torch.stack([std for _, std in latents])
+        masks = [self._mask(key.epoch, example) for example in key.examples]
+        return None, torch.stack([mean for mean, _ in latents]), torch.stack([std for _, std in latents]), masks
 
-    def _pixels(self, epoch: int, example: int) -> Tensor:
+    def _loaded(self, epoch: int, example: int) -> tuple[Tensor, Tensor | None]:
+        """The pixels of an example, and its mask: the image is decoded once for both."""
         number = self.data.examples[example]
         rules = self.data.rules_of(self.data.records[number]).augment
         view, origin = self.framed(epoch, example)
-        pixels = load_view(view, origin=origin)
+        if is_latent_file(view.path):
+            # Only to be looked at: training takes them from the cache.
+            return to_tensor(picture_of(view.path)), self._mask(epoch, example)
+        if self.masks is None and self.data.masked_by_opacity(number):
+            image = load_image(view, origin=origin)
+            pixels, mask = image.rgb, self._as_tensor(image.opacity, epoch, example)
+        else:
+            pixels, mask = load_view(view, origin=origin), self._mask(epoch, example)
         if rules.color_aug:
             pixels = jitter_colour(pixels, python_random(self.seed, "colour", epoch, example))
-        return to_tensor(pixels[:, ::-1] if self.is_flipped(epoch, example) else pixels)
+        return to_tensor(pixels[:, ::-1] if self.is_flipped(epoch, example) else pixels), mask
 
     def framed(self, epoch: int, example: int) -> tuple[ImageView, Size]:
         """How the image is read, and left and top of its crop: the same for its pixels and its mask."""
@@ -166,17 +177,12 @@ class TrainingDataset:
         )
         return replace(view, placement=placement), origin
 
-    def _masks(self, key: MicroBatch) -> Tensor | None:
-        """The masks of a batch, (B, H, W), or None where no image has one."""
-        masks = [self._mask(key.epoch, example) for example in key.examples]
-        given = [mask for mask in masks if mask is not None]
-        if not given:
-            return None
-        return torch.stack([torch.ones_like(given[0]) if mask is None else mask for mask in masks])
-
     def _mask(self, epoch: int, example: int) -> Tensor | None:
         """(H, W) in 0..1, or None where the whole image counts."""
-        levels = self._levels(epoch, example)
+        return self._as_tensor(self._levels(epoch, example), epoch, example)
+
+    def _as_tensor(self, levels: Pixels | None, epoch: int, example: int) -> Tensor | None:
+        """``levels`` in 0..1, mirrored where the example is."""
         if levels is None:
             return None
         if self.is_flipped(epoch, example):
@@ -193,3 +199,11 @@ class TrainingDataset:
             return None
         view, origin = self.framed(epoch, example)
         return load_mask(view, record.mask, use_alpha=use_alpha, origin=origin)
+
+
+def _stacked(masks: Sequence[Tensor | None]) -> Tensor | None:
+    """The masks of a batch, (B, H, W), or None where no image has one."""
+    given = [mask for mask in masks if mask is not None]
+    if not given:
+        return None
+    return torch.stack([torch.ones_like(given[0]) if mask is None else mask for mask in masks])

@@ -15,6 +15,7 @@ from itertools import islice
 from pathlib import Path
 from typing import Final
 
+import numpy as np
 import torch
 from PIL import Image
 from torch import Tensor
@@ -29,8 +30,9 @@ from library.data.cache_entry import (
     write_entry,
 )
 from library.data.cache_places import Place, Places
-from library.data.images import ImageView, Pixels, load_view, orientation
-from library.data.latent_encoding import MAX_READING_THREADS, Encode, Posterior, Use, encoded, uses_of
+from library.data.images import ImageView, LoadedImage, Pixels, load_image, orientation
+from library.data.latent_encoding import MAX_READING_THREADS, Encode, Posterior, Use, encoded, file_pair, uses_of
+from library.data.latent_files import CHANNELS, is_latent_file, read_latents
 from library.data.setup import TrainingData
 from library.errors import UserError
 
@@ -39,7 +41,6 @@ log = logging.getLogger(__name__)
 NOT_CACHED: Final = "not cached yet"
 _KEPT: Final = "made "
 """How the reasons begin that leave an entry to whoever made it: it is right, but for other settings."""
-_CHANNELS: Final = 4
 _MOST_NAMED: Final = 3
 _ATTEMPTS: Final = 3
 
@@ -72,12 +73,14 @@ class Verdict:
         reason: Why it must be made.
         is_foreign: Another program has written it.
         source: The image as it is now, where its time has changed and its content has not.
+        may_write: The entry lies where may be written.
     """
 
     path: Path | None = None
     reason: str | None = None
     is_foreign: bool = False
     source: Source | None = None
+    may_write: bool = False
 
 
 class DiskLatentCache:
@@ -94,7 +97,7 @@ class DiskLatentCache:
         self._data = data
         self._vae = vae
         self._trust_names = trust_names
-        self._places = Places(uses_of(data))
+        self._places = Places({view: data.home(use.records[0]) for view, use in uses_of(data).items()})
 
     @classmethod
     def fill(
@@ -138,20 +141,37 @@ class DiskLatentCache:
             UserError: The entry is gone or was changed since the cache was filled.
         """
         view = self._data.view(record)
-        settings, place = self.settings(view), self.place(view)
-        for path in place.candidates:
-            with suppress(FileNotFoundError, UnusableEntryError):
-                entry = read_entry(path)
-                pair = entry.pair(flipped=flipped)
-                is_wanted = self._trust_names or objection(entry, view, settings, place, flip=flipped) is None
-                if is_wanted and pair is not None and entry.fits(view.placement.bucket):
-                    return torch.from_numpy(pair[0]), torch.from_numpy(pair[1])
+        if is_latent_file(view.path):
+            return file_pair(read_latents(view.path), view, flipped=flipped)
+        entry = self._usable(view, flip=flipped)
+        pair = None if entry is None else entry.pair(flipped=flipped)
+        if pair is not None:
+            return torch.from_numpy(pair[0]), torch.from_numpy(pair[1])
         raise UserError(
             "the image's cached latents "
             + ("do not fit the settings" if self._trust_names else "are gone or were changed during the run"),
             where=str(view.path),
             remedy="Start again without --skip_cache_check." if self._trust_names else "Start again: they are rebuilt.",
         )
+
+    def opacity(self, record: int) -> Pixels | None:
+        """The opacity that is kept with the latents of the record, (height, width) in 0..255; None where it is not."""
+        view = self._data.view(record)
+        if is_latent_file(view.path):
+            return read_latents(view.path).opacity
+        entry = self._usable(view, flip=False, mask=True)
+        return None if entry is None else entry.opacity
+
+    def _usable(self, view: ImageView, *, flip: bool, mask: bool = False) -> Entry | None:
+        """The first entry of ``view`` that has what is asked for."""
+        settings, place = self.settings(view), self.place(view)
+        for path in place.candidates:
+            with suppress(FileNotFoundError, UnusableEntryError):
+                entry = read_entry(path)
+                is_whole = entry.fits(view.placement.bucket) and _missing(entry, flip=flip, mask=mask) is None
+                if is_whole and (self._trust_names or objection(entry, view, settings, place, flip=flip) is None):
+                    return entry
+        return None
 
     def settings(self, view: ImageView) -> Settings:
         """What ``view`` is encoded with."""
@@ -161,12 +181,13 @@ class DiskLatentCache:
         """Where the entry of ``view`` may lie."""
         return self._places.of(view, self.settings(view).digest())
 
-    def judge(self, view: ImageView, *, flip: bool, reads_image: bool = False) -> Verdict:
+    def judge(self, view: ImageView, *, flip: bool, mask: bool = False, reads_image: bool = False) -> Verdict:
         """Whether ``view`` has an entry that can be used.
 
         Args:
             view: The image.
             flip: The mirrored latents are needed too.
+            mask: The opacity is needed too.
             reads_image: Compare the content of the image even where its size and time are the same.
         """
         settings, place = self.settings(view), self.place(view)
@@ -177,7 +198,7 @@ class DiskLatentCache:
         for path in place.candidates:
             try:
                 entry = read_entry(path)
-                reason = objection(entry, view, settings, place, flip=flip)
+                reason = objection(entry, view, settings, place, flip=flip, mask=mask)
                 source = _touched(entry, view, reads_image=reads_image) if reason is None else None
             except FileNotFoundError:
                 continue
@@ -185,7 +206,8 @@ class DiskLatentCache:
                 reasons.append(str(error))
                 continue
             if reason is None:
-                return Verdict(path=path, is_foreign=entry.is_foreign, source=source)
+                may_write = path in place.written
+                return Verdict(path=path, is_foreign=entry.is_foreign, source=source, may_write=may_write)
             reasons.append(reason)
         return Verdict(reason=reasons[0] if reasons else NOT_CACHED)
 
@@ -195,7 +217,8 @@ class DiskLatentCache:
         """The verdict on every image of ``uses``."""
 
         def judged(view: ImageView) -> Verdict:
-            return self.judge(view, flip=uses[view].flip, reads_image=reads_image)
+            use = uses[view]
+            return self.judge(view, flip=use.flip, mask=use.mask, reads_image=reads_image)
 
         with ThreadPoolExecutor(MAX_READING_THREADS) as pool:
             shown = tqdm(
@@ -216,13 +239,15 @@ class DiskLatentCache:
             verdicts = self.judge_all(pending, progress=progress and not attempt)
             if not attempt:
                 report(verdicts, is_shared=is_shared)
+                self._report_moved(uses)
                 self._restamp(verdicts)
             pending = {view: uses[view] for view, verdict in verdicts.items() if verdict.path is None}
             if not pending:
                 return
             self._build(pending, encode, batch_size=batch_size, progress=progress)
             # Another run may have given an image an entry for its own settings at the same moment: looked at again.
-        lost = next((view for view in pending if self.judge(view, flip=uses[view].flip).path is None), None)
+        verdicts = self.judge_all(pending, progress=False)
+        lost = next((view for view, verdict in verdicts.items() if verdict.path is None), None)
         if lost is not None:
             raise UserError(
                 "the image's cached latents do not stay as they are written",
@@ -230,18 +255,30 @@ class DiskLatentCache:
                 remedy="Another program changes the images or their cache files: end it, or use --cache_latents alone.",
             )
 
+    def _report_moved(self, uses: Mapping[ImageView, Use]) -> None:
+        """Say which entries do not lie beside their images."""
+        moved = {view.path: place.shared for view in uses if (place := self.place(view)).is_moved}
+        if moved:
+            log.info(
+                "latent cache: %d images lie outside the folders of their metadata file (%s); their entries go to '%s'",
+                len(moved),
+                _named(moved),
+                next(iter(moved.values())).parent,
+            )
+
     def _build(self, uses: Mapping[ImageView, Use], encode: Encode, *, batch_size: int, progress: bool) -> None:
         sources: dict[ImageView, Source] = {}
 
-        def load(view: ImageView) -> Pixels:
+        def load(view: ImageView) -> LoadedImage:
             # Before the pixels are read, so that a change in between cannot be mistaken for what was encoded.
             with suppress(OSError):
                 sources[view] = Source.of(view.path)
-            return load_view(view)
+            return load_image(view)
 
         for view, posterior in encoded(uses, encode, batch_size=batch_size, progress=progress, load=load):
             entry = _entry(view, posterior, self.settings(view), sources.pop(view))
-            write_entry(self._target(view, entry), entry)
+            path = self._target(view, entry)
+            write_entry(path, _completed(entry, path))
 
     def _target(self, view: ImageView, entry: Entry) -> Path:
         """Where ``entry`` goes: to the shared name, unless that holds what another run can use."""
@@ -257,27 +294,40 @@ class DiskLatentCache:
     def _restamp(self, verdicts: Mapping[ImageView, Verdict]) -> None:
         """Note the new times of images that were only touched, so that they are not read again next time."""
         for verdict in verdicts.values():
-            if verdict.source is not None and verdict.path is not None:
+            if verdict.source is not None and verdict.path is not None and verdict.may_write:
                 # A folder that cannot be written to only costs time.
                 with suppress(UserError, FileNotFoundError, UnusableEntryError):
                     write_entry(verdict.path, replace(read_entry(verdict.path), source=verdict.source))
 
 
-def objection(entry: Entry, view: ImageView, settings: Settings, place: Place, *, flip: bool) -> str | None:
+def objection(
+    entry: Entry, view: ImageView, settings: Settings, place: Place, *, flip: bool, mask: bool = False
+) -> str | None:
     """Why a whole ``entry`` is not what ``view`` needs, the content of its image aside; None when it is."""
     if entry.settings is not None and (difference := entry.settings.difference(settings)):
         return difference
     if entry.is_foreign and not place.is_certain:
         return "by another program, and several images have this name"
-    if entry.original_size != view.size:
+    if entry.original_size is None and not place.is_sized:
+        return "in an old format that does not say which image size it is for"
+    if entry.original_size is not None and entry.original_size != view.size:
         return f"for an image of another size: {entry.original_size} instead of {view.size}"
-    if entry.mean.shape[0] != _CHANNELS or not entry.fits(view.placement.bucket):
+    if entry.mean.shape[0] != CHANNELS or not entry.fits(view.placement.bucket):
         found = "x".join(str(side) for side in entry.mean.shape)
         return f"for another size: latents {found} for a bucket of {'x'.join(map(str, view.placement.bucket))}"
-    if flip and entry.mirrored is None:
-        return "without mirrored latents"
+    if missing := _missing(entry, flip=flip, mask=mask):
+        return missing
     if entry.is_foreign and _is_turned(view.path):
         return "by another program, which may not have turned the image as its orientation says"
+    return None
+
+
+def _missing(entry: Entry, *, flip: bool, mask: bool) -> str | None:
+    """What ``entry`` lacks of what is asked for."""
+    if flip and entry.mirrored is None:
+        return "without mirrored latents"
+    if mask and not entry.has_right_mask:
+        return "without the mask of the image's transparency"
     return None
 
 
@@ -296,6 +346,23 @@ def _is_of_use_to_others(present: Entry, entry: Entry) -> bool:
         return False
     is_current = present.settings.version == entry.settings.version and present.source.content == entry.source.content
     return is_current and present.settings != entry.settings
+
+
+def _completed(entry: Entry, path: Path) -> Entry:
+    """``entry`` with the mirrored latents and the mask that the entry in ``path``, otherwise the same, has besides."""
+    try:
+        present = read_entry(path)
+    except (FileNotFoundError, UnusableEntryError):
+        return entry
+    if present.source is None or entry.source is None or present.source.content != entry.source.content:
+        return entry
+    if present.settings != entry.settings:
+        return entry
+    return replace(
+        entry,
+        mirrored=present.mirrored if entry.mirrored is None else entry.mirrored,
+        mask=present.mask if entry.mask is None else entry.mask,
+    )
 
 
 def _touched(entry: Entry, view: ImageView, *, reads_image: bool) -> Source | None:
@@ -319,12 +386,13 @@ def _touched(entry: Entry, view: ImageView, *, reads_image: bool) -> Source | No
 
 
 def _entry(view: ImageView, posterior: Posterior, settings: Settings, source: Source) -> Entry:
-    mirrored = posterior.mirrored
+    mirrored, opacity = posterior.mirrored, posterior.opacity
     return Entry(
         mean=posterior.mean.numpy(),
         std=posterior.std.numpy(),
         mirrored=(mirrored[0].numpy(), mirrored[1].numpy()) if mirrored else None,
         original_size=view.size,
+        mask=None if opacity is None else opacity.astype(np.float32) / np.float32(255),
         settings=settings,
         source=source,
     )

@@ -36,7 +36,8 @@ class Advice:
 
 def is_image(name: str) -> bool:
     """Whether a file of this name is read as a training image (hidden files are not)."""
-    return os.path.splitext(name)[1].lower() in IMAGE_SUFFIXES and not name.startswith(".")
+    # Quicker than to split every name of a large folder; without a dot this is its last letter.
+    return name[name.rfind(".") :].lower() in IMAGE_SUFFIXES and not name.startswith(".")
 
 
 def enable_format(path: Path) -> None:
@@ -49,6 +50,15 @@ def enable_format(path: Path) -> None:
 def image_names(folder: Path) -> list[str]:
     """Names of the images directly in ``folder``, sorted; none when it is no folder."""
     return sorted(name for name in _names(folder, directories=False) if is_image(name))
+
+
+def _has_images(folder: Path) -> bool:
+    """Whether there are images directly in ``folder``."""
+    try:
+        with os.scandir(folder) as entries:
+            return any(is_image(entry.name) and not entry.is_dir() for entry in entries)
+    except OSError:
+        return False
 
 
 def subfolder_names(folder: Path) -> list[str]:
@@ -91,10 +101,10 @@ def explain_image_dir(folder: Path, *, setting: str) -> Advice | None:
         setting: How the user writes it, with ``{}`` for the path (``image_dir = '{}'``).
     """
     if not folder.is_dir():
-        return _explain_missing(folder, setting, wanted=lambda found: bool(image_names(found)))
-    if image_names(folder):
+        return _explain_missing(folder, setting, wanted=_has_images)
+    if _has_images(folder):
         return None
-    below = _folders_below(folder, wanted=lambda found: bool(image_names(found)))
+    below = _folders_below(folder, wanted=_has_images)
     if below:
         counts = _listed([f"{path.relative_to(folder)} ({len(image_names(path))})" for path in below])
         return Advice(
@@ -121,7 +131,7 @@ def explain_base_dir(base: Path, *, flag: str) -> Advice | None:
             f"{_listed([str(path.relative_to(base)) for path in below])}",
             _choose(setting, below, "Give the folder that holds the named folders"),
         )
-    unnamed = [name for name in subfolder_names(base) if image_names(base / name)]
+    unnamed = [name for name in subfolder_names(base) if _has_images(base / name)]
     if unnamed:
         return Advice(
             f"the folders in '{base}' are not called '<repeats>_<class>': {_listed(unnamed)}",

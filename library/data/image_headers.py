@@ -7,13 +7,14 @@ the image decoded, so the decoder has the last word and harmless oddities pass.
 import os
 import struct
 import warnings
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from io import BufferedReader
 from pathlib import Path
+from types import MappingProxyType
 from typing import Final
 
-from library.data.folders import enable_format
+from library.data.folders import PLUGINS, enable_format
 from library.data.spec import Size
 
 _ORIENTATION_TAG: Final = 0x0112
@@ -34,11 +35,18 @@ def displayed_size(path: Path) -> Size:
     Raises:
         UnreadableImageError: The image cannot be read to its end.
     """
+    with without_size_warnings():
+        return size_of_many(str(path))
+
+
+def size_of_many(path: str) -> Size:
+    """As :func:`displayed_size` for one of many images, called within :func:`without_size_warnings`."""
     from PIL import Image, UnidentifiedImageError
 
-    enable_format(path)
+    if path[path.rfind(".") :].lower() in PLUGINS:
+        enable_format(Path(path))
     try:
-        with path.open("rb") as file, _no_size_warning(), Image.open(file) as image:
+        with open(path, "rb") as file, Image.open(file) as image:
             needs_decoding = _raises_doubt(file, image.format or "")
             # PNG's own getexif decodes the image to look behind the pixels, which _raises_doubt has done without.
             orientation = Image.Image.getexif(image).get(_ORIENTATION_TAG, 1)
@@ -54,17 +62,17 @@ def displayed_size(path: Path) -> Size:
     return (size[1], size[0]) if orientation in _SIDEWAYS else size
 
 
-def _decoded_size(path: Path) -> tuple[Size, int]:
+def _decoded_size(path: str) -> tuple[Size, int]:
     """Decode the whole image: its size, and the orientation that is still to be applied, wherever it stands."""
     from PIL import Image
 
-    with _no_size_warning(), Image.open(path) as image:
+    with Image.open(path) as image:
         image.load()
         return image.size, int(image.getexif().get(_ORIENTATION_TAG, 1))
 
 
 @contextmanager
-def _no_size_warning() -> Iterator[None]:
+def without_size_warnings() -> Iterator[None]:
     """Pillow warns of images above 89 megapixels, and refuses them above twice that: the warning helps nobody here."""
     from PIL import Image
 
@@ -73,11 +81,12 @@ def _no_size_warning() -> Iterator[None]:
         yield
 
 
-def _unknown_content(path: Path) -> str:
-    if path.stat().st_size == 0:
+def _unknown_content(path: str) -> str:
+    with open(path, "rb") as file:
+        content = file.read(512)
+    if not content:
         return "the file is empty"
-    with path.open("rb") as file:
-        start = file.read(512).lstrip()
+    start = content.lstrip()
     if start[:1] == b"<":
         return "it is no image but text such as a web page"
     return "its content is no image that can be read, or its beginning is damaged"
@@ -85,18 +94,10 @@ def _unknown_content(path: Path) -> str:
 
 def _raises_doubt(file: BufferedReader, image_format: str) -> bool:
     """Whether the end of the file seems to be missing, or an orientation stands behind the pixels."""
-    checks = {
-        "PNG": _png_raises_doubt,
-        "JPEG": _jpeg_lacks_end,
-        "MPO": _jpeg_lacks_end,
-        "WEBP": _riff_lacks_end,
-        "BMP": _bmp_lacks_end,
-        "AVIF": _boxes_lack_end,
-    }
     if image_format == "TIFF":
         # Its parts lie anywhere in it, and Pillow applies its orientation while decoding.
         return True
-    return image_format in checks and checks[image_format](file)
+    return image_format in _CHECKS and _CHECKS[image_format](file)
 
 
 def _file_size(file: BufferedReader) -> int:
@@ -163,3 +164,15 @@ def _boxes_lack_end(file: BufferedReader) -> bool:
             length = int.from_bytes(file.read(8), "big")
         position += max(length, 8)
     return position != size
+
+
+_CHECKS: Final[Mapping[str, Callable[[BufferedReader], bool]]] = MappingProxyType(
+    {
+        "PNG": _png_raises_doubt,
+        "JPEG": _jpeg_lacks_end,
+        "MPO": _jpeg_lacks_end,
+        "WEBP": _riff_lacks_end,
+        "BMP": _bmp_lacks_end,
+        "AVIF": _boxes_lack_end,
+    }
+)

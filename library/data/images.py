@@ -32,6 +32,9 @@ Pixels: TypeAlias = NDArray[np.uint8]
 MATTE: Final = 255
 """Grey level of the background that transparent pixels are composed on: white."""
 
+OPAQUE: Final = 255
+"""Opacity of a pixel through which nothing shows, and weight of one that counts fully."""
+
 _ORIENTATION_TAG: Final = 0x0112
 # Rows and columns are exchanged or reversed as EXIF orientation 2 to 8 asks; 1 is upright.
 _UPRIGHT: Final[dict[int, Callable[[Pixels], Pixels]]] = {
@@ -183,12 +186,54 @@ def _composed(rgb: Pixels, alpha: Pixels) -> Pixels:
     return ((rgb * opacity + MATTE * (255 - opacity) + 127) // 255).astype(np.uint8)
 
 
+@dataclass(frozen=True, slots=True)
+class LoadedImage:
+    """An image at the size of its bucket.
+
+    Attributes:
+        rgb: (height, width, 3).
+        opacity: (height, width), 255 is opaque; None when the file knows no transparency.
+    """
+
+    rgb: Pixels
+    opacity: Pixels | None
+
+
 def load_view(view: ImageView, *, origin: Size | None = None) -> Pixels:
     """The pixels of ``view``, of the size of its bucket: cropped in the middle, or with left and top at ``origin``.
 
     Raises:
         UserError: The file cannot be read, or is not the one that was placed.
     """
+    return _framed(_decoded(view).rgb, view, origin)
+
+
+def load_image(view: ImageView, *, origin: Size | None = None) -> LoadedImage:
+    """As :func:`load_view`, with the transparency, for which the file is not read again.
+
+    Raises:
+        UserError: The file cannot be read, or is not the one that was placed.
+    """
+    image = _decoded(view)
+    opacity = None if image.alpha is None else framed_mask(image.alpha, view.placement, origin)
+    return LoadedImage(_framed(image.rgb, view, origin), opacity)
+
+
+def framed_mask(levels: Pixels, placement: Placement, origin: Size | None = None) -> Pixels:
+    """``levels`` (height, width) of a whole image, resized and cropped as its pixels are, but never sharpened.
+
+    Args:
+        levels: The mask of the whole image, at any size.
+        placement: Where the image is placed.
+        origin: Left and top of the crop; None crops in the middle.
+    """
+    (width, height), resized = placement.bucket, placement.resized
+    grows = resized[0] > levels.shape[1] or resized[1] > levels.shape[0]
+    left, top = origin or crop_origin(placement, None)
+    return resize(levels, resized, "bilinear" if grows else "area")[top : top + height, left : left + width]
+
+
+def _decoded(view: ImageView) -> DecodedImage:
     image = decode(view.path)
     if image.size != view.size:
         raise UserError(
@@ -196,8 +241,12 @@ def load_view(view: ImageView, *, origin: Size | None = None) -> Pixels:
             where=str(view.path),
             remedy="Do not change the images of a run; start it again.",
         )
+    return image
+
+
+def _framed(rgb: Pixels, view: ImageView, origin: Size | None) -> Pixels:
     placement = view.placement
-    pixels = resize(image.rgb, placement.resized, view.interpolation)
+    pixels = resize(rgb, placement.resized, view.interpolation)
     left, top = origin or crop_origin(placement, None)
     return pixels[top : top + placement.bucket[1], left : left + placement.bucket[0]]
 

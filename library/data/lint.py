@@ -81,30 +81,33 @@ def _lint_sizes(dataset: DatasetSpec, subset: SubsetSpec, records: Sequence[Imag
         )
     placements, findings = _place(dataset, records)
     yield from findings
-    placed = [(record, placements[record.size]) for record in records if record.size in placements]
-    enlarged = [record for record, placement in placed if _enlargement(record, placement) > _MOST_ENLARGED]
+    # Many images have few sizes, so each size is judged once.
+    blurred = {size for size, placement in placements.items() if _enlargement(size, placement) > _MOST_ENLARGED}
+    enlarged = [record for record in records if record.size in blurred] if blurred else []
     if enlarged:
         yield warning(
             f"{len(enlarged)} of {len(records)} images in '{subset.name}' are enlarged more than twice and blur: "
-            f"{_named(enlarged)}",
+            f"{_sized(enlarged)}",
             subset.where,
             "Use larger images, a lower resolution, or bucket_no_upscale.",
         )
-    cropped = [record for record, placement in placed if placement.crop_loss > _MOST_CROPPED]
+    extreme = {size for size, placement in placements.items() if placement.crop_loss > _MOST_CROPPED}
+    cropped = [record for record in records if record.size in extreme] if extreme else []
     if cropped:
         yield warning(
             f"{len(cropped)} of {len(records)} images in '{subset.name}' fit no bucket well and lose more than "
-            f"{_MOST_CROPPED:.0%} of their area: {_named(cropped)}",
+            f"{_MOST_CROPPED:.0%} of their area: {_sized(cropped)}",
             subset.where,
             "Crop them to a less extreme shape, or use a lower min_bucket_reso and a higher max_bucket_reso.",
         )
 
     area = dataset.resolution[0] * dataset.resolution[1]
-    huge = [record for record in records if _is_huge(record.size, area)]
+    slow = {size for size in {record.size for record in records} if _is_huge(size, area)}
+    huge = [record for record in records if record.size in slow] if slow else []
     if huge:
         yield warning(
             f"{len(huge)} of {len(records)} images in '{subset.name}' are huge for this resolution and slow to read: "
-            f"{_named(huge)}",
+            f"{_sized(huge)}",
             subset.where,
             "Shrink them once, to about twice the resolution, or give --cache_latents.",
         )
@@ -133,8 +136,8 @@ def _place(dataset: DatasetSpec, records: Sequence[ImageRecord]) -> tuple[dict[S
     return placements, findings
 
 
-def _enlargement(record: ImageRecord, placement: Placement) -> float:
-    return max(placement.resized[0] / record.size[0], placement.resized[1] / record.size[1])
+def _enlargement(size: Size, placement: Placement) -> float:
+    return max(placement.resized[0] / size[0], placement.resized[1] / size[1])
 
 
 def _lint_equal_sizes(resolution: Size, subset: SubsetSpec, records: Sequence[ImageRecord]) -> Iterator[Finding]:
@@ -159,14 +162,12 @@ def _lint_equal_sizes(resolution: Size, subset: SubsetSpec, records: Sequence[Im
     ]
     if not wrong:
         return
-    examples = ", ".join(f"{record.path.name} {record.size[0]}x{record.size[1]}" for record in wrong[:_MOST_NAMED])
-    more = f" and {len(wrong) - _MOST_NAMED} more" if len(wrong) > _MOST_NAMED else ""
     sides = sorted(set(resolution))
     single = f"--min_bucket_reso={sides[0]} --max_bucket_reso={sides[-1]}"
     only = f" (with {single} too, to crop all of them to that size)" if len(sides) == 1 else ""
     yield error(
         f"{len(wrong)} of {len(records)} images in '{subset.name}' are not {resolution[0]}x{resolution[1]}: "
-        f"{examples}{more}",
+        f"{_sized(wrong)}",
         subset.where,
         f"Give --enable_bucket (enable_bucket = true in a dataset file){only}, or resize the images.",
     )
@@ -186,10 +187,10 @@ def _lint_batches(dataset: DatasetSpec, records: Sequence[ImageRecord]) -> Itera
         return
     placements, _ = _place(dataset, [record for record in records if record.bucket is None])
     counts: Counter[Size] = Counter()
-    for record in records:
-        bucket = record.bucket or (placements[record.size].bucket if record.size in placements else None)
+    for (bucket, size, repeats), images in Counter((one.bucket, one.size, one.repeats) for one in records).items():
+        bucket = bucket or (placements[size].bucket if size in placements else None)
         if bucket is not None:
-            counts[bucket] += record.repeats
+            counts[bucket] += repeats * images
     small = [(size, count) for size, count in sorted(counts.items()) if count < dataset.batch_size]
     if small and dataset.buckets.enable_bucket:
         named = ", ".join(f"{size[0]}x{size[1]} ({count})" for size, count in small[:_MOST_NAMED])
@@ -231,6 +232,7 @@ def _lint_regularisation(dataset: DatasetSpec, records: Sequence[ImageRecord]) -
         )
 
 
-def _named(records: Sequence[ImageRecord]) -> str:
-    more = f" and {len(records) - _MOST_NAMED} more" if len(records) > _MOST_NAMED else ""
-    return ", ".join(record.path.name for record in records[:_MOST_NAMED]) + more
+def _sized(records: Sequence[ImageRecord]) -> str:
+    """The first names with their sizes, and how many more there are."""
+    examples = ", ".join(f"{record.name} {record.size[0]}x{record.size[1]}" for record in records[:_MOST_NAMED])
+    return f"{examples} and {len(records) - _MOST_NAMED} more" if len(records) > _MOST_NAMED else examples

@@ -15,6 +15,7 @@ from library.data.spec import CaptionRules, SubsetSpec
 
 _MOST_NAMED: Final = 5
 _ALIKE_AT_LEAST: Final = 5
+_ALIKE_SHARE: Final = 0.5
 _LENGTHS: Final = (150, 225)
 """Lengths that captions may be given instead of 75 tokens."""
 
@@ -29,6 +30,9 @@ class Tokens(Protocol):
     @property
     def limit(self) -> int:
         """Number of tokens of a caption that are used."""
+
+    def __call__(self, caption: str) -> Sequence[object]:
+        """All tokens of a caption."""
 
     def lost(self, caption: str) -> str:
         """The words of a caption behind the limit."""
@@ -46,9 +50,11 @@ def lint_captions(subset: SubsetSpec, records: Sequence[ImageRecord]) -> Iterato
 
 def _lint_texts(subset: SubsetSpec, written: Sequence[ImageRecord]) -> Iterator[Finding]:
     texts = Counter(record.caption for record in written)
-    if len(texts) == 1 and texts.total() >= _ALIKE_AT_LEAST:
+    commonest, count = texts.most_common(1)[0] if texts else ("", 0)
+    if count >= _ALIKE_AT_LEAST and count > texts.total() * _ALIKE_SHARE:
+        share = f"all {count}" if len(texts) == 1 else f"{count} of {texts.total()}"
         yield warning(
-            f"all {texts.total()} captions in '{subset.name}' are the same: {_quoted(next(iter(texts)))}",
+            f"{share} captions in '{subset.name}' are the same: {_quoted(commonest)}",
             subset.where,
             "Describe in each caption what is in its image, or use class_tokens alone if one text is meant for all.",
         )
@@ -148,7 +154,8 @@ def _lint_shared(subset: SubsetSpec, records: Sequence[ImageRecord]) -> Iterator
     if subset.metadata_file is not None:
         return
     own = [record for record in records if record.has_caption_file]
-    stems = [str(record.path).rpartition(".")[0] for record in own]
+    # All of them lie in one folder.
+    stems = [record.name.rpartition(".")[0] for record in own]
     if len(set(stems)) == len(stems):
         return
     sharers: defaultdict[str, list[ImageRecord]] = defaultdict(list)
@@ -221,25 +228,36 @@ def lint_lengths(subset: SubsetSpec, records: Sequence[ImageRecord], tokens: Tok
         captions = (
             caption_for(line, rules, Random(0), epoch=1, step=0, total_steps=1) for line in record.caption.split("\n")
         )
-        lost = next((words for words in map(tokens.lost, captions) if words), "")
-        if lost:
-            cut.append((record, lost))
-    longer = [length for length in _LENGTHS if length > tokens.limit]
-    advice = f", or give --max_token_length={longer[0]}" if longer else ""
+        caption = next((caption for caption in captions if tokens.lost(caption)), None)
+        if caption is not None:
+            cut.append((record, caption))
     shuffled = " (shuffled, other words each time)" if subset.captions.shuffle_caption else ""
-    for record, lost in cut[:_MOST_NAMED]:
+    for record, caption in cut[:_MOST_NAMED]:
         yield warning(
-            f"the caption is longer than {tokens.limit} tokens, and its end is lost{shuffled}: {_quoted(lost)}",
+            f"the caption is longer than {tokens.limit} tokens, and its end is lost{shuffled}: "
+            f"{_quoted(tokens.lost(caption))}",
             str(record.path),
-            f"Shorten the caption{advice}.",
+            f"Shorten the caption{_longer_limit(tokens.limit, len(tokens(caption)))}.",
         )
     if len(cut) > _MOST_NAMED:
+        longest = max(len(tokens(caption)) for _, caption in cut[_MOST_NAMED:])
         yield warning(
             f"{len(cut) - _MOST_NAMED} more captions in '{subset.name}' are longer than {tokens.limit} tokens: "
             f"{_named([record for record, _ in cut[_MOST_NAMED:]])}",
             subset.where,
-            f"Shorten the captions{advice}.",
+            f"Shorten the captions{_longer_limit(tokens.limit, longest)}.",
         )
+
+
+def _longer_limit(limit: int, needed: int) -> str:
+    """The end of a remedy: the option under which ``needed`` tokens fit, or as many of them as can be."""
+    longer = [length for length in _LENGTHS if length > limit]
+    if not longer:
+        return ""
+    enough = next((length for length in longer if length >= needed), None)
+    if enough is None:
+        return f" of {needed} tokens, or give --max_token_length={longer[-1]}, the most there is, and lose fewer"
+    return f", or give --max_token_length={enough}"
 
 
 def lint_orphans(subset: SubsetSpec) -> Iterator[Finding]:
@@ -265,7 +283,7 @@ def lint_orphans(subset: SubsetSpec) -> Iterator[Finding]:
 
 def _named(records: Sequence[ImageRecord]) -> str:
     more = f" and {len(records) - _MOST_NAMED} more" if len(records) > _MOST_NAMED else ""
-    return ", ".join(record.path.name for record in records[:_MOST_NAMED]) + more
+    return ", ".join(record.name for record in records[:_MOST_NAMED]) + more
 
 
 def _quoted(text: str) -> str:

@@ -1,65 +1,28 @@
 """Mistakes that only a look at every pixel shows: damage, copies, and what decoding will change.
 
-Every image is read and decoded once, so this is for checks without training.
+The facts come from decoding every image, so this is for checks without training.
 """
 
-import hashlib
-import io
-import struct
-import zlib
 from collections import defaultdict
-from collections.abc import Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Iterator, Mapping, Sequence
 from itertools import pairwise
 from pathlib import Path
 from typing import Final
 
-import numpy as np
-from PIL import Image
-from tqdm import tqdm
-
-from library.data.findings import Finding, error, warning
-from library.data.images import orientation
+from library.data.file_facts import FileFacts, read_facts
+from library.data.findings import Finding, warning
 from library.data.records import ImageRecord
 from library.data.spec import SubsetSpec
 
+__all__ = ["lint_copies", "lint_files", "near_pairs", "read_facts"]
+
 _MOST_NAMED: Final = 5
-_HASH_SIDE: Final = 8
+_LOOK_BITS: Final = 64
 _NEAR_BITS: Final = 6
 """Two images are near-duplicates when their hashes of 64 bits differ in at most so many."""
 
 _BANDS: Final = _NEAR_BITS + 1
-_EDGES: Final = [_HASH_SIDE * _HASH_SIDE * band // _BANDS for band in range(_BANDS + 1)]
-_UNREADABLE: Final = (
-    OSError,
-    SyntaxError,
-    ValueError,
-    EOFError,
-    struct.error,
-    zlib.error,
-    Image.DecompressionBombError,
-)
-
-
-@dataclass(frozen=True, slots=True)
-class FileFacts:
-    """What the content of an image file tells.
-
-    Attributes:
-        digest: Of its bytes.
-        look: Perceptual hash of 64 bits: whether each pixel of a 9 x 8 grey image is brighter than its right neighbour.
-        is_blank: All pixels have one colour.
-        is_transparent: Some pixels are not opaque.
-        is_turned: Its EXIF orientation is not upright.
-        frames: Pictures in it.
-    """
-
-    digest: bytes
-    look: int
-    is_blank: bool
-    is_transparent: bool
-    is_turned: bool
-    frames: int
+_EDGES: Final = [_LOOK_BITS * band // _BANDS for band in range(_BANDS + 1)]
 
 
 def lint_files(subset: SubsetSpec, records: Sequence[ImageRecord], facts: Mapping[Path, FileFacts]) -> list[Finding]:
@@ -94,49 +57,6 @@ def lint_files(subset: SubsetSpec, records: Sequence[ImageRecord], facts: Mappin
         for found, what, remedy in kinds
         if found
     ]
-
-
-def read_facts(records: Iterable[ImageRecord]) -> tuple[dict[Path, FileFacts], list[Finding]]:
-    """The facts of every image of ``records``, and those that cannot be decoded."""
-    facts: dict[Path, FileFacts] = {}
-    findings: list[Finding] = []
-    # No bar where nobody looks: None asks whether the error output is a terminal.
-    for path in tqdm(dict.fromkeys(record.path for record in records), desc="checking images", disable=None):
-        try:
-            facts[path] = _facts_of(path)
-        except _UNREADABLE as problem:
-            findings.append(
-                error(
-                    f"the image cannot be decoded: {problem or type(problem).__name__}",
-                    str(path),
-                    "Replace the file with a whole copy, or remove it.",
-                )
-            )
-    return facts, findings
-
-
-def _facts_of(path: Path) -> FileFacts:
-    content = path.read_bytes()
-    with Image.open(io.BytesIO(content)) as image:
-        image.load()
-        frames = getattr(image, "n_frames", 1)
-        turned = orientation(image) != 1
-        is_transparent = False
-        if image.has_transparency_data:
-            low = image.convert("RGBA").getchannel("A").getextrema()[0]
-            is_transparent = float(low) < 255  # type: ignore[arg-type]
-        grey = image.convert("L")
-        lows_and_highs = image.convert("RGB").getextrema()
-    small = np.asarray(grey.resize((_HASH_SIDE + 1, _HASH_SIDE), Image.Resampling.BOX), dtype=np.int16)
-    bits = (small[:, 1:] < small[:, :-1]).ravel()
-    return FileFacts(
-        digest=hashlib.blake2b(content, digest_size=16).digest(),
-        look=int.from_bytes(np.packbits(bits).tobytes(), "big"),
-        is_blank=all(low == high for low, high in lows_and_highs),  # type: ignore[misc]
-        is_transparent=is_transparent,
-        is_turned=turned,
-        frames=int(frames),
-    )
 
 
 def lint_copies(records: Sequence[ImageRecord], facts: Mapping[Path, FileFacts], where: str) -> Iterator[Finding]:
@@ -197,4 +117,4 @@ def _names(paths: Sequence[Path]) -> str:
 
 def _named(records: Sequence[ImageRecord]) -> str:
     more = f" and {len(records) - _MOST_NAMED} more" if len(records) > _MOST_NAMED else ""
-    return ", ".join(record.path.name for record in records[:_MOST_NAMED]) + more
+    return ", ".join(record.name for record in records[:_MOST_NAMED]) + more

@@ -2,9 +2,10 @@
 
 from collections.abc import Sequence
 
+from library.data.file_facts import read_facts
 from library.data.findings import Finding
 from library.data.lint_captions import Tokens, lint_lengths, lint_orphans
-from library.data.lint_files import lint_copies, lint_files, read_facts
+from library.data.lint_files import lint_copies, lint_files
 from library.data.records import ImageRecord
 from library.data.spec import DataSpec
 

@@ -1,16 +1,13 @@
 """Masks kept in memory where latents are cached: reading the images for them again would undo what caching saves."""
 
 import os
-import zlib
 from collections.abc import Mapping
 from concurrent.futures import ThreadPoolExecutor
 
-import numpy as np
-
-from library.data.images import Pixels
-from library.data.masks import load_mask
+from library.data.images import OPAQUE, Pixels
+from library.data.latent_encoding import LatentSource
+from library.data.masks import PackedMask, load_mask, packed, unpacked
 from library.data.setup import TrainingData
-from library.data.spec import Size
 from library.errors import Problem, UserError, raise_if_any
 
 _MAX_THREADS = 4
@@ -19,31 +16,29 @@ _MAX_THREADS = 4
 class MaskCache:
     """The mask of every image of the training set that has one; it can be sent to another process."""
 
-    def __init__(self, packed: Mapping[int, tuple[Size, bytes]]) -> None:
+    def __init__(self, masks: Mapping[int, PackedMask]) -> None:
         """A filled cache; see :meth:`fill`.
 
         Args:
-            packed: Size and compressed levels by the position of the record; masks have large even areas.
+            masks: The masks by the position of the record.
         """
-        self._packed = packed
+        self._masks = masks
 
     def __len__(self) -> int:
         """Number of masks."""
-        return len(self._packed)
+        return len(self._masks)
 
     def get(self, record: int) -> Pixels | None:
         """The mask, (height, width) in 0..255, of the record at position ``record``; None where nothing masks it."""
-        if record not in self._packed:
-            return None
-        (width, height), levels = self._packed[record]
-        return np.frombuffer(zlib.decompress(levels), np.uint8).reshape(height, width)
+        return unpacked(self._masks[record]) if record in self._masks else None
 
     @classmethod
-    def fill(cls, data: TrainingData) -> "MaskCache":
-        """Read every mask once.
+    def fill(cls, data: TrainingData, stored: LatentSource) -> "MaskCache":
+        """Read every mask once; a transparency that is kept with the latents from there.
 
         Args:
             data: The training set, without crops that differ from use to use.
+            stored: The filled cache of latents.
 
         Raises:
             UserError: Masks cannot be read; all of them are named.
@@ -54,19 +49,23 @@ class MaskCache:
             if data.records[number].mask is not None or data.rules_of(data.records[number]).alpha_mask
         ]
         problems: list[Problem] = []
-        packed: dict[int, tuple[Size, bytes]] = {}
+        masks: dict[int, PackedMask] = {}
 
         def read(number: int) -> None:
             record = data.records[number]
             try:
-                levels = load_mask(data.view(number), record.mask, use_alpha=data.rules_of(record).alpha_mask)
+                kept = stored.opacity(number) if data.masked_by_opacity(number) else None
+                if kept is not None:
+                    levels = None if kept.min() == OPAQUE else kept
+                else:
+                    levels = load_mask(data.view(number), record.mask, use_alpha=data.rules_of(record).alpha_mask)
             except UserError as error:
                 problems.extend(error.problems)
                 return
             if levels is not None:
-                packed[number] = data.placements[number].bucket, zlib.compress(levels.tobytes(), 1)
+                masks[number] = packed(levels)
 
         with ThreadPoolExecutor(min(_MAX_THREADS, os.cpu_count() or 1)) as pool:
             list(pool.map(read, numbers))
         raise_if_any(sorted(problems, key=lambda problem: problem.where or ""))
-        return cls(packed)
+        return cls(masks)

@@ -1,11 +1,27 @@
 """What each pixel weighs in the loss: masks, taken through the same resize and crop as their images."""
 
+import zlib
 from pathlib import Path
+from typing import TypeAlias
 
 import numpy as np
 
-from library.data.images import ImageView, Pixels, crop_origin, decode, resize
+from library.data.images import ImageView, Pixels, decode, framed_mask
 from library.data.spec import Size
+
+PackedMask: TypeAlias = tuple[Size, bytes]
+"""Size and compressed levels: masks have large even areas."""
+
+
+def packed(levels: Pixels) -> PackedMask:
+    """``levels`` (height, width) made small."""
+    return (levels.shape[1], levels.shape[0]), zlib.compress(levels.tobytes(), 1)
+
+
+def unpacked(mask: PackedMask) -> Pixels:
+    """The levels (height, width) again."""
+    (width, height), levels = mask
+    return np.frombuffer(zlib.decompress(levels), np.uint8).reshape(height, width)
 
 
 def mask_levels(image: Path, mask: Path | None, *, use_alpha: bool) -> Pixels | None:
@@ -44,7 +60,4 @@ def load_mask(view: ImageView, mask: Path | None, *, use_alpha: bool, origin: Si
     levels = mask_levels(view.path, mask, use_alpha=use_alpha)
     if levels is None:
         return None
-    (width, height), resized = view.placement.bucket, view.placement.resized
-    grows = resized[0] > levels.shape[1] or resized[1] > levels.shape[0]
-    left, top = origin or crop_origin(view.placement, None)
-    return resize(levels, resized, "bilinear" if grows else "area")[top : top + height, left : left + width]
+    return framed_mask(levels, view.placement, origin)

@@ -2,25 +2,25 @@
 
 ``{"path or name of an image": {"caption": "...", "tags": "...", "train_resolution": [width, height]}}``, or in a
 ``.jsonl`` file one object a line with the path under ``image_path``. Keys are full paths, paths relative to the image
-folder, or such paths without the image's suffix. Files are only ever read from the places that keys name.
+folder, or such paths without the image's suffix. Where the image is gone, its latents (``.npz``) take its place. Files
+are only ever read from the places that keys name.
 """
 
 import json
 import os
 from collections import Counter
 from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from difflib import get_close_matches
 from pathlib import Path
 from typing import Any, Final
 
 from library.data.findings import Finding, error, warning
 from library.data.folders import explain_image_dir, image_names
-from library.data.spec import Size, SubsetSpec
+from library.data.latent_files import LatentNames, check_latents, is_latent_file, judge_latents
+from library.data.spec import Size, SubsetSpec, size_objection
 
 _MOST_NAMED: Final = 5
-_GRID: Final = 8
-"""The VAE shrinks by 8."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -45,16 +45,18 @@ class DescribedImage:
     """An image file and what is said of it.
 
     Attributes:
-        path: The file, as it can be opened from the current directory.
+        path: The file, as it can be opened from the current directory; or the latents in the place of the image.
         caption: Its caption; several lines are alternatives. None when nothing is said.
         tags: The tags alone, for statistics; None when they are not told apart from the caption.
         bucket: Size to train at; None leaves it to the bucket rules.
+        size: Size of the image as displayed, where it is not to be read from the file.
     """
 
     path: Path
     caption: str | None
     tags: str | None = None
     bucket: Size | None = None
+    size: Size | None = None
 
 
 def described_images(subset: SubsetSpec) -> tuple[list[DescribedImage], list[Finding]]:
@@ -70,17 +72,27 @@ def described_images(subset: SubsetSpec) -> tuple[list[DescribedImage], list[Fin
         findings.append(_not_found(unmatched, len(entries), subset))
     findings.extend(_judge_matches(matched, subset))
     with_sizes = all(entry.train_resolution for _, entry in matched)
-    rules = subset.captions
-    images = [
-        DescribedImage(
-            path=Path(path),
-            caption=caption_text(entry, separator=rules.caption_separator, all_lines=rules.enable_wildcard) or None,
-            tags=", ".join(_lines(entry.tags)),
-            bucket=entry.train_resolution if with_sizes else None,
-        )
-        for path, entry in matched
-    ]
+    images: list[DescribedImage] = []
+    broken: list[Finding] = []
+    for path, entry in matched:
+        image = _described(Path(path), entry, subset)
+        if is_latent_file(image.path):
+            sizes, wrong = check_latents(image.path, subset, entry.train_resolution)
+            broken.extend(wrong)
+            if sizes is not None:
+                images.append(replace(image, size=sizes[0], bucket=sizes[1]))
+        else:
+            images.append(image if with_sizes else replace(image, bucket=None))
+    findings.extend(_shortened(broken, subset.metadata_file))
+    latents = [Path(path) for path, _ in matched if is_latent_file(Path(path))]
+    findings.extend(judge_latents(latents, len(entries), subset))
     return sorted(images, key=lambda image: str(image.path)), findings
+
+
+def _described(path: Path, entry: MetadataEntry, subset: SubsetSpec) -> DescribedImage:
+    rules = subset.captions
+    caption = caption_text(entry, separator=rules.caption_separator, all_lines=rules.enable_wildcard) or None
+    return DescribedImage(path, caption, tags=", ".join(_lines(entry.tags)), bucket=entry.train_resolution)
 
 
 def caption_text(entry: MetadataEntry, *, separator: str, all_lines: bool) -> str:
@@ -200,8 +212,8 @@ class _Reader:
         else:
             try:
                 size = _train_resolution(value.get("train_resolution"))
-            except ValueError:
-                report(f"train_resolution must be two multiples of {_GRID}", "Write for example [512, 768].")
+            except ValueError as mistake:
+                report(f"train_resolution must be two whole numbers: {mistake}", "Write for example [512, 768].")
                 return
             yield MetadataEntry(key, value.get("caption") or "", value.get("tags") or "", size)
 
@@ -230,9 +242,11 @@ def _train_resolution(value: object) -> Size | None:
     if value is None:
         return None
     if not isinstance(value, list) or len(value) != 2:
-        raise ValueError
-    if not all(isinstance(side, int) and side >= _GRID and side % _GRID == 0 for side in value):
-        raise ValueError
+        raise ValueError("width and height")
+    if not all(isinstance(side, int) and not isinstance(side, bool) for side in value):
+        raise ValueError("pixels without fractions")
+    if objection := size_objection((value[0], value[1])):
+        raise ValueError(objection)
     return value[0], value[1]
 
 
@@ -242,12 +256,13 @@ def _train_resolution(value: object) -> Size | None:
 def _match(
     entries: Sequence[MetadataEntry], image_dir: Path
 ) -> tuple[list[tuple[str, MetadataEntry]], list[MetadataEntry]]:
-    """The entries with the paths of their images, and those without an image."""
+    """The entries with the paths of their images, or else of their latents, and those with neither."""
     listings = _Listings()
     matched: list[tuple[str, MetadataEntry]] = []
     unmatched: list[MetadataEntry] = []
     for entry in entries:
-        found = (listings.image(path) for path in _candidates(entry.key, image_dir))
+        candidates = list(_candidates(entry.key, image_dir))
+        found = (look(path) for look in (listings.image, listings.latents) for path in candidates)
         path = next((path for path in found if path is not None), None)
         if path is None:
             unmatched.append(entry)
@@ -265,9 +280,10 @@ def _candidates(key: str, image_dir: Path) -> Iterator[str]:
 
 @dataclass(frozen=True, slots=True)
 class _Listings:
-    """The images of each folder, listed once."""
+    """The images and the files of latents of each folder, listed once."""
 
     by_folder: dict[str, Mapping[str, str]] = field(default_factory=dict)
+    latents_by_folder: dict[str, LatentNames] = field(default_factory=dict)
 
     def image(self, path: str) -> str | None:
         """The image at ``path``, or the first that is called like it but for a suffix."""
@@ -277,6 +293,14 @@ class _Listings:
             stems = {os.path.splitext(image)[0]: image for image in reversed(names)}
             self.by_folder[folder] = stems | {image: image for image in names}
         found = self.by_folder[folder].get(name)
+        return os.path.join(folder, found) if found is not None else None
+
+    def latents(self, path: str) -> str | None:
+        """The latents of the image at ``path``."""
+        folder, name = os.path.split(path)
+        if folder not in self.latents_by_folder:
+            self.latents_by_folder[folder] = LatentNames.of(Path(folder))
+        found = self.latents_by_folder[folder].of_image(name)
         return os.path.join(folder, found) if found is not None else None
 
 
@@ -308,18 +332,7 @@ def _not_found(entries: Sequence[MetadataEntry], count: int, subset: SubsetSpec)
             f"Images of the names of {here} of them are in '{subset.image_dir}': write the keys as those files are "
             "called, without a folder.",
         )
-    if any(_has_latents(entry.key, subset.image_dir) for entry in entries[:_MOST_NAMED]):
-        return error(
-            f"{what}; there are latents (.npz) instead, and to train on them without the images is not available yet",
-            file,
-            f"Put the images into '{subset.image_dir}'.",
-        )
     return error(what, file, f"Put the images into '{subset.image_dir}', give the right image_dir, or remove the keys.")
-
-
-def _has_latents(key: str, image_dir: Path) -> bool:
-    paths = _candidates(key, image_dir)
-    return any(os.path.isfile(f"{stem}.npz") for path in paths for stem in (path, os.path.splitext(path)[0]))
 
 
 def _judge_matches(matched: Sequence[tuple[str, MetadataEntry]], subset: SubsetSpec) -> Iterator[Finding]:

@@ -6,8 +6,6 @@ from pathlib import Path
 from library.errors import Problem
 from library.options import option, parse_range, parse_size
 
-_VALIDATION = "validation images"
-
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class SourceOptions:
@@ -36,14 +34,15 @@ class SourceOptions:
     dataset_class: str | None = option(
         None,
         metavar="MODULE.CLASS",
-        later="data sets written by the user",
-        help="Import path of your own data set class, used in place of all other data set options.",
+        help="Refused: a data set is described here (--dataset_config, --in_json), not programmed.",
     )
     dataset_repeats: int = option(
         1, minimum=1, help="How often each image is used in an epoch where the data set does not say it itself."
     )
     cache_info: bool = option(
-        False, later="the index of image sizes and captions", help="Remember image sizes and captions between runs."
+        False,
+        help="Keep captions and image sizes in metadata_cache.json in each image folder, for programs that read it; "
+        "checked at every start. The next start is as quick without it.",
     )
     conditioning_data_dir: Path | None = option(
         None,
@@ -60,6 +59,20 @@ class SourceOptions:
         help="Write a page and pictures that show what would be trained on, batch by batch, to the folder "
         "dataset_preview in --output_dir, then end without training.",
     )
+
+    def problems(self) -> list[Problem]:
+        """Data sets are described, not programmed."""
+        if self.dataset_class is None:
+            return []
+        return [
+            Problem(
+                f"--dataset_class {self.dataset_class} is not supported: a class written for another program cannot "
+                "give the exact epochs, repeatable draws and resuming of a run here",
+                "--dataset_class",
+                "Let it write its images and captions to a folder once, or list them in a metadata file, and give "
+                "--dataset_config or --in_json.",
+            )
+        ]
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -226,6 +239,11 @@ class CacheOptions:
     skip_cache_check: bool = option(
         False, help="Use cache files by their names alone, without asking which images and settings they come from."
     )
+    cache_text_encoder_outputs: bool = option(
+        False,
+        help="Encode every caption once before training, where the text encoder is not trained: faster, and the text "
+        "encoder leaves the GPU. Captions must not change from use to use.",
+    )
 
     def notices(self) -> list[str]:
         """What is switched on along with another option."""
@@ -260,17 +278,29 @@ class ValidationOptions:
     """Validation."""
 
     validation_seed: int | None = option(
-        None, minimum=0, later=_VALIDATION, help="Seed of the choice of validation images and of their noise."
+        None,
+        minimum=0,
+        metavar="N",
+        help="Seed of the choice of validation images and of their noise; 0 when absent, whatever --seed is.",
     )
     validation_split: float = option(
-        0.0, minimum=0, maximum=1, later=_VALIDATION, help="Fraction of the images that is held out for validation."
+        0.0,
+        minimum=0,
+        maximum=1,
+        metavar="PART",
+        help="Part (0 to 1) of the images that is held out and measured instead of trained on; regularisation images "
+        "never are. 0 is off.",
     )
     validate_every_n_steps: int | None = option(
-        None, minimum=1, metavar="N", later=_VALIDATION, help="Validate every N steps."
+        None, minimum=1, synonyms={0: None}, metavar="N", help="Validate after every N steps, too."
     )
     validate_every_n_epochs: int | None = option(
-        None, minimum=1, metavar="N", later=_VALIDATION, help="Validate every N epochs."
+        None,
+        minimum=1,
+        synonyms={0: None},
+        metavar="N",
+        help="Validate after every N epochs; 1 when absent. A saved model is validated in any case.",
     )
     max_validation_steps: int | None = option(
-        None, minimum=1, metavar="N", later=_VALIDATION, help="Most batches used in one validation."
+        None, minimum=1, synonyms={0: None}, metavar="N", help="Most batches, over all processes, of one validation."
     )

@@ -8,6 +8,7 @@ import base64
 import io
 import os
 import sys
+import unicodedata
 import webbrowser
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
@@ -16,13 +17,18 @@ from itertools import islice
 from pathlib import Path
 from typing import TYPE_CHECKING, Final, Protocol
 
+import numpy as np
 import torch
+from numpy.typing import NDArray
 from PIL import Image, ImageDraw, ImageFont
 from torch import Tensor
 
 from library.data.dataset import Batch, TrainingDataset
 from library.data.epoch_plan import EpochPlan, MicroBatch
+from library.data.images import ImageView, Pixels, decode
+from library.data.latent_files import is_latent_file
 from library.data.setup import TrainingData
+from library.data.spec import Size
 from library.files import write_text, written_whole
 
 if TYPE_CHECKING:
@@ -113,7 +119,7 @@ class Picture:
         facts: What was done to it, in words.
         marks: What was done to it this time and not every time, in a word each.
         caption: The caption as it is trained on.
-        written: The caption as the user wrote it.
+        written: The caption as the user wrote it; several lines are alternatives.
         used: Its tokens up to the limit.
         lost: Its tokens behind the limit.
         is_reg: A regularisation image.
@@ -251,13 +257,14 @@ def _picture(
     record = dataset.data.records[dataset.data.examples[example]]
     view, origin = dataset.framed(epoch, example)
     tokens = tokens_of(caption)
+    lost = tokens[tokens_of.limit :]
     facts = [
         *_framing(view, origin),
-        f"in each epoch {record.repeats} times" if record.repeats != 1 else "in each epoch once",
-        f"{min(len(tokens), tokens_of.limit)} of {tokens_of.limit} tokens",
+        f"{record.repeats} repeats in an epoch" if record.repeats > 1 else "once in an epoch",
+        f"{len(tokens) - len(lost)} of {tokens_of.limit} tokens" + (f", {len(lost)} too many" if lost else ""),
     ]
     marks = ["mirrored"] if dataset.is_flipped(epoch, example) else []
-    if mask is not None:
+    if mask is not None and mask.min() < 1:
         marks.append(f"the mask keeps {mask.mean():.0%}")
         # Darkened where it does not count, but still to be seen.
         pixels = (pixels * (_OUTSIDE_MASK + (1 - _OUTSIDE_MASK) * mask[..., None])).round().astype("uint8")
@@ -269,9 +276,9 @@ def _picture(
         facts=tuple(facts),
         marks=tuple(marks),
         caption=caption,
-        written=_written(record),
+        written=record.caption,
         used=tokens[: tokens_of.limit],
-        lost=tokens[tokens_of.limit :],
+        lost=lost,
         is_reg=record.is_reg,
     )
 
@@ -291,7 +298,7 @@ def _framing(view: ImageView, origin: Size) -> Iterator[str]:
 def _crop(view: ImageView, origin: Size) -> Crop | None:
     """The whole image and the part of it that is kept; None where that is all of it."""
     placement = view.placement
-    if placement.resized == placement.bucket:
+    if placement.resized == placement.bucket or is_latent_file(view.path):
         return None
     whole = Image.fromarray(decode(view.path).rgb)
     whole.thumbnail((_SOURCE_SIDE, _SOURCE_SIDE), Image.Resampling.LANCZOS)
@@ -299,11 +306,6 @@ def _crop(view: ImageView, origin: Size) -> Crop | None:
         round(100 * length / placement.resized[at % 2], 2) for at, length in enumerate((*origin, *placement.bucket))
     )
     return Crop(image=whole, box=(left, top, width, height))
-
-
-def _written(record: ImageRecord) -> str:
-    """What stands in the user's caption file, or in the entry of the metadata file."""
-    return "\n".join(text for text in (record.caption, record.tags) if text)
 
 
 def _address(image: Image.Image) -> str:
@@ -339,9 +341,7 @@ def open_in_browser(page: Path) -> bool:
 def _write_sheets(folder: Path, batches: Sequence[ShownBatch]) -> Iterator[Path]:
     """One sheet for some thirty pictures of an epoch, in the order of training."""
     for epoch in dict.fromkeys(batch.epoch for batch in batches):
-        cells = iter(
-            [(batch.title, picture) for batch in batches if batch.epoch == epoch for picture in batch.pictures]
-        )
+        cells = iter([(batch, picture) for batch in batches if batch.epoch == epoch for picture in batch.pictures])
         number = 1
         while page := list(islice(cells, _COLUMNS * _ROWS)):
             path = folder / f"epoch-{epoch:02d}-sheet-{number:03d}.png"
@@ -351,27 +351,38 @@ def _write_sheets(folder: Path, batches: Sequence[ShownBatch]) -> Iterator[Path]
             number += 1
 
 
-def _sheet(cells: Sequence[tuple[str, Picture]]) -> Image.Image:
+def _sheet(cells: Sequence[tuple[ShownBatch, Picture]]) -> Image.Image:
     columns = min(_COLUMNS, len(cells))
     rows = -(-len(cells) // columns)
     height = _SHEET_SIDE + _LABEL_HEIGHT
     sheet = Image.new("RGB", (columns * _SHEET_SIDE, rows * height), "white")
     draw = ImageDraw.Draw(sheet)
     font = ImageFont.load_default(12)
-    for position, (title, picture) in enumerate(cells):
+    for position, (batch, picture) in enumerate(cells):
         left, top = position % columns * _SHEET_SIDE, position // columns * height
-        small = picture.image.copy()
-        small.thumbnail((_SHEET_SIDE - 4, _SHEET_SIDE - 4), Image.Resampling.LANCZOS)
-        sheet.paste(small, (left + (_SHEET_SIDE - small.width) // 2, top + (_SHEET_SIDE - small.height) // 2))
-        mark = "reg: " if picture.is_reg else ""
-        # The step and the batch; the epoch is in the file's name.
-        lines = (", ".join(title.split(", ")[1:3]), mark + picture.name, picture.caption or "(no caption)")
-        for line, text in enumerate(lines):
+        scale = (_SHEET_SIDE - 8) / max(picture.image.size)
+        small = picture.image.resize(
+            (max(1, round(picture.image.width * scale)), max(1, round(picture.image.height * scale))),
+            Image.Resampling.LANCZOS,
+        )
+        at = (left + (_SHEET_SIDE - small.width) // 2, top + (_SHEET_SIDE - small.height) // 2)
+        if picture.is_reg:
+            draw.rectangle((at[0] - 3, at[1] - 3, at[0] + small.width + 2, at[1] + small.height + 2), _SHEET_FRAME)
+        sheet.paste(small, at)
+        # The epoch is in the file's name.
+        lines = (
+            f"step {batch.step}, batch {batch.number}, {batch.bucket[0]}x{batch.bucket[1]}",
+            picture.name,
+            ", ".join([*(["regularisation"] if picture.is_reg else []), *picture.marks]),
+            picture.caption or "(no caption)",
+        )
+        for line, text in enumerate(line for line in lines if line):
             draw.text((left + 4, top + _SHEET_SIDE + 16 * line), _label(text), fill="black", font=font)
     return sheet
 
 
 def _label(text: str) -> str:
-    """``text`` on one line that fits; letters the built-in font lacks become question marks."""
-    line = " ".join(text.split()).encode("latin-1", "replace").decode("latin-1")
+    """``text`` on one line that fits; of letters the built-in font lacks, the plain letter or a question mark."""
+    plain = "".join(letter for letter in unicodedata.normalize("NFKD", text) if not unicodedata.combining(letter))
+    line = " ".join(plain.split()).encode("ascii", "replace").decode("ascii")
     return f"{line[: _LONGEST_LABEL - 1]}..." if len(line) > _LONGEST_LABEL else line

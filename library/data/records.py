@@ -1,39 +1,50 @@
 """From folders to records: which images there are, how large they are, and what their captions say."""
 
+import gc
 import os
-from collections import Counter
+from collections import Counter, defaultdict
 from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, replace
+from itertools import chain
 from pathlib import Path
-from typing import Final
+from typing import Final, TypeAlias
 
 from library.data.caption_files import (
     CAPTION_SUFFIXES,
     NO_CAPTION_FILES,
-    CaptionFile,
-    UnreadableCaptionError,
+    caption_in,
     caption_name,
+    caption_names,
     index_names,
-    read_caption,
 )
 from library.data.findings import Finding, Severity, error, warning
-from library.data.folders import UNREAD_IMAGE_SUFFIXES, is_image
-from library.data.image_headers import UnreadableImageError, displayed_size
+from library.data.folder_files import FolderFiles
+from library.data.folders import IMAGE_SUFFIXES, UNREAD_IMAGE_SUFFIXES
+from library.data.image_headers import UnreadableImageError
+from library.data.info_file import info_of, keep_info
+from library.data.latent_files import is_latent_file
 from library.data.mask_files import find_masks, unused_masks
 from library.data.metadata import DescribedImage, described_images, unlisted_images
 from library.data.spec import DatasetSpec, DataSpec, Size, SubsetSpec
+from library.data.unreadable import unreadable_caption, unreadable_image
+
+_Image: TypeAlias = tuple[Path, str, Size | UnreadableImageError, str | None, str | None, Size | None]
+"""Folder, file name, displayed size or why there is none, caption, tags, size to train at."""
 
 _MOST_NAMED: Final = 5
 _NEAR_AREA: Final = 1.3
 """Buckets of one resolution differ in area by less than this factor."""
 
 
-@dataclass(frozen=True, slots=True)
+# Not frozen: a frozen object of as many fields takes several times as long to make, and large sets have many.
+@dataclass(slots=True, unsafe_hash=True)
 class ImageRecord:
-    """One image file of the training set.
+    """One image file of the training set; nobody changes one.
 
     Attributes:
-        path: The file, as it can be opened from the current directory.
+        folder: The folder it lies in, as it can be opened from the current directory.
+        name: Its file name.
         size: Size as displayed (EXIF orientation applied), in pixels.
         caption: First line of the caption file, or all its lines when wildcards are on; else the class tokens; else "".
             With a metadata file, what that says.
@@ -47,7 +58,8 @@ class ImageRecord:
         mask: Image of what each of its pixels weighs in the loss.
     """
 
-    path: Path
+    folder: Path
+    name: str
     size: Size
     caption: str
     has_caption_file: bool
@@ -59,6 +71,12 @@ class ImageRecord:
     bucket: Size | None = None
     mask: Path | None = None
 
+    @property
+    def path(self) -> Path:
+        """The file, as it can be opened from the current directory."""
+        # Made when it is asked for: of a large set that costs more than everything else about a record.
+        return self.folder / self.name
+
 
 def scan(spec: DataSpec) -> tuple[tuple[ImageRecord, ...], tuple[Finding, ...]]:
     """Every image that an epoch holds, and what is wrong with files on the way.
@@ -66,14 +84,35 @@ def scan(spec: DataSpec) -> tuple[tuple[ImageRecord, ...], tuple[Finding, ...]]:
     Images that cannot be read, and regularisation images that balancing leaves over, have a finding and no record. The
     order is (data set, subset, file name), whatever order the file system has.
     """
+    folders = _Folders()
+    try:
+        with _without_collection():
+            return _scan(spec, folders)
+    finally:
+        # What was read is kept even where somebody stops a long scan.
+        folders.remember()
+
+
+@contextmanager
+def _without_collection() -> Iterator[None]:
+    """Keep Python from looking for cycles: among many new objects that all stay, it looks often and finds none."""
+    was_enabled = gc.isenabled()
+    gc.disable()
+    try:
+        yield
+    finally:
+        if was_enabled:
+            gc.enable()
+
+
+def _scan(spec: DataSpec, folders: "_Folders") -> tuple[tuple[ImageRecord, ...], tuple[Finding, ...]]:
     findings: list[Finding] = []
-    sizes: dict[Path, Size | None] = {}
     records: list[ImageRecord] = []
     for number, dataset in enumerate(spec.datasets):
         of_dataset = [
             record
             for position, subset in enumerate(dataset.subsets)
-            for record in _scan_subset(subset, (number, position), sizes, findings)
+            for record in _scan_subset(subset, (number, position), folders, findings)
         ]
         of_dataset = _with_sizes_of_metadata(of_dataset, dataset, findings)
         records.extend(_balanced(of_dataset, dataset, findings))
@@ -86,46 +125,112 @@ def scan(spec: DataSpec) -> tuple[tuple[ImageRecord, ...], tuple[Finding, ...]]:
     return tuple(records), tuple(dict.fromkeys(findings))
 
 
+class _Folders:
+    """The folders of a scan, each listed once, whatever data sets share it."""
+
+    def __init__(self) -> None:
+        self._by_name: dict[str, FolderFiles] = {}
+        self._asked: set[Path] = set()
+
+    def of(self, folder: str | Path) -> FolderFiles:
+        """The files of ``folder``."""
+        name = str(folder)
+        if name not in self._by_name:
+            self._by_name[name] = FolderFiles(Path(folder))
+        return self._by_name[name]
+
+    def sizes(self, images: Sequence[DescribedImage]) -> list[Size | UnreadableImageError]:
+        """The displayed size of each image, or why it cannot be read."""
+        places = [_split(str(image.path)) for image in images]
+        names: defaultdict[str, list[str]] = defaultdict(list)
+        for (folder, name), image in zip(places, images, strict=True):
+            if image.size is None:
+                names[folder].append(name)
+        sizes = {folder: self.of(folder).sizes(of_folder) for folder, of_folder in names.items()}
+        return [image.size or sizes[folder][name] for (folder, name), image in zip(places, images, strict=True)]
+
+    def is_first(self, folder: Path) -> bool:
+        """Whether this is asked of ``folder`` for the first time."""
+        known = len(self._asked)
+        self._asked.add(folder)
+        return len(self._asked) > known
+
+    def remember(self) -> None:
+        """Keep what was read for the next run."""
+        for files in self._by_name.values():
+            files.remember()
+
+
+def _split(path: str) -> tuple[str, str]:
+    """Folder and name; quicker than :func:`os.path.split` where a path is written as :class:`Path` does."""
+    folder, _, name = path.rpartition(os.sep)
+    return (folder, name) if folder else os.path.split(path)
+
+
 def _scan_subset(
-    subset: SubsetSpec, position: tuple[int, int], sizes: dict[Path, Size | None], findings: list[Finding]
+    subset: SubsetSpec, position: tuple[int, int], folders: _Folders, findings: list[Finding]
 ) -> Iterator[ImageRecord]:
-    """The records of one subset. ``sizes`` remembers images (None: unreadable) that other data sets share."""
-    images, image_findings = _images_in_folder(subset) if subset.metadata_file is None else described_images(subset)
+    """The records of one subset."""
+    if subset.metadata_file is None:
+        images, image_findings = _images_in_folder(subset, folders.of(subset.image_dir))
+    else:
+        images, image_findings = _images_of_metadata(subset, folders)
     findings.extend(image_findings)
-    masks, mask_findings = find_masks([image.path for image in images], subset)
-    findings.extend(mask_findings)
+    masks: Sequence[Path | None] = [None] * len(images)
+    if subset.conditioning_data_dir is not None:
+        masks, mask_findings = find_masks([image[0] / image[1] for image in images], subset)
+        findings.extend(mask_findings)
     damaged: list[Finding] = []
-    for image, mask in zip(images, masks, strict=True):
-        path = image.path
-        if path not in sizes:
-            sizes[path] = _size_or_finding(path, damaged)
-        size = sizes[path]
-        if size is None:
+    fallback, (dataset, number) = subset.class_tokens or "", position
+    is_reg, repeats = subset.is_reg, subset.num_repeats
+    for (folder, name, size, caption, tags, bucket), mask in zip(images, masks, strict=True):
+        if isinstance(size, UnreadableImageError):
+            damaged.append(unreadable_image(folder / name, size))
             continue
         yield ImageRecord(
-            path=path,
+            folder=folder,
+            name=name,
             size=size,
-            caption=subset.class_tokens or "" if image.caption is None else image.caption,
-            has_caption_file=image.caption is not None,
-            dataset=position[0],
-            subset=position[1],
-            is_reg=subset.is_reg,
-            repeats=subset.num_repeats,
-            tags=image.tags,
-            bucket=image.bucket,
+            caption=fallback if caption is None else caption,
+            has_caption_file=caption is not None,
+            dataset=dataset,
+            subset=number,
+            is_reg=is_reg,
+            repeats=repeats,
+            tags=tags,
+            bucket=bucket,
             mask=mask,
         )
     findings.extend(_shortened(damaged, "images that cannot be read", subset))
+    if subset.cache_info and subset.metadata_file is None and folders.is_first(subset.image_dir):
+        read = [
+            (name, fallback if caption is None else caption, size)
+            for _, name, size, caption, *_ in images
+            if isinstance(size, tuple)
+        ]
+        findings.extend(keep_info(subset.image_dir, info_of(subset.written_dir, read)))
 
 
-def _images_in_folder(subset: SubsetSpec) -> tuple[list[DescribedImage], list[Finding]]:
+def _images_of_metadata(subset: SubsetSpec, folders: _Folders) -> tuple[list[_Image], list[Finding]]:
+    """The images of a metadata file."""
+    described, findings = described_images(subset)
+    sizes = folders.sizes(described)
+    images = [
+        (image.path.parent, image.path.name, size, image.caption, image.tags, image.bucket)
+        for image, size in zip(described, sizes, strict=True)
+    ]
+    return images, findings
+
+
+def _images_in_folder(subset: SubsetSpec, files: FolderFiles) -> tuple[list[_Image], list[Finding]]:
     """The images of a folder with what the caption files beside them say."""
-    names = _file_names(subset.image_dir)
-    images = sorted(name for name in names if is_image(name))
-    captions, findings = _read_captions(images, names, subset)
-    texts = {name: caption.text for name, caption in captions.items()}
-    described = [DescribedImage(subset.image_dir / name, texts.get(name)) for name in images]
-    return described, [*_unread_formats(names, subset), *findings]
+    by_suffix = files.by_suffix()
+    images = sorted(chain.from_iterable(names for suffix, names in by_suffix.items() if suffix in IMAGE_SUFFIXES))
+    captions, findings = _read_captions(images, files, subset)
+    sizes = files.sizes(images)
+    folder = subset.image_dir
+    found: list[_Image] = [(folder, name, sizes[name], captions.get(name), None, None) for name in images]
+    return found, [*_unread_formats(by_suffix, subset), *findings]
 
 
 def _with_sizes_of_metadata(
@@ -138,7 +243,7 @@ def _with_sizes_of_metadata(
     if dataset.buckets.bucket_no_upscale:
         what = "train_resolution in the metadata is not used: with bucket_no_upscale the images decide their buckets"
         findings.append(warning(what, dataset.where, "Leave out bucket_no_upscale to use it."))
-        return [replace(record, bucket=None) for record in records]
+        return [record if is_latent_file(record.path) else replace(record, bucket=None) for record in records]
     area = dataset.resolution[0] * dataset.resolution[1]
     largest = max(sizes, key=lambda size: size[0] * size[1])
     if not area / _NEAR_AREA <= largest[0] * largest[1] <= area * _NEAR_AREA:
@@ -153,68 +258,51 @@ def _with_sizes_of_metadata(
     return records
 
 
-def _file_names(folder: Path) -> list[str]:
-    try:
-        return os.listdir(folder)
-    except OSError:
-        return []
-
-
-def _size_or_finding(path: Path, findings: list[Finding]) -> Size | None:
-    try:
-        return displayed_size(path)
-    except UnreadableImageError as problem:
-        remedy = "Replace the file with a whole copy, or remove it."
-        findings.append(error(f"the image cannot be read: {problem}", str(path), remedy))
-        return None
-
-
-def _unread_formats(names: Sequence[str], subset: SubsetSpec) -> Iterator[Finding]:
-    suffixes = Counter(os.path.splitext(name)[1].lower() for name in names)
-    for suffix in sorted(UNREAD_IMAGE_SUFFIXES & suffixes.keys()):
+def _unread_formats(by_suffix: Mapping[str, Sequence[str]], subset: SubsetSpec) -> Iterator[Finding]:
+    for suffix in sorted(UNREAD_IMAGE_SUFFIXES.intersection(by_suffix)):
         yield warning(
-            f"{suffixes[suffix]} {suffix} files in '{subset.name}' are not trained on: the format is not read",
+            f"{len(by_suffix[suffix])} {suffix} files in '{subset.name}' are not trained on: the format is not read",
             subset.where,
             "Convert them to .png or .jpg.",
         )
 
 
 def _read_captions(
-    images: Sequence[str], names: Sequence[str], subset: SubsetSpec
-) -> tuple[dict[str, CaptionFile], list[Finding]]:
+    images: Sequence[str], files: FolderFiles, subset: SubsetSpec
+) -> tuple[dict[str, str], list[Finding]]:
     """The caption of each image that has a caption file, by image name."""
-    index = index_names(names)
-    captions: dict[str, CaptionFile] = {}
+    names = caption_names(images, subset.caption_extension, files.names)
+    texts = files.texts(name for name in names.values() if name is not None)
+    captions: dict[str, str] = {}
     broken: list[Finding] = []
     without: list[str] = []
-    for image in images:
-        name = caption_name(image, subset.caption_extension, index)
+    longer: list[str] = []
+    for image, name in names.items():
         if name is None:
             without.append(image)
-            continue
-        path = subset.image_dir / name
-        try:
-            captions[image] = read_caption(path, all_lines=subset.captions.enable_wildcard)
-        except (UnreadableCaptionError, OSError) as problem:
-            remedy = "Open the file in an editor and save it with the encoding UTF-8."
-            broken.append(error(f"the caption cannot be read: {problem}", str(path), remedy))
-    findings = [*_shortened(broken, "captions that cannot be read", subset), *_judge_captions(captions, subset)]
+        elif isinstance(text := texts[name], str):
+            captions[image], lines = caption_in(text, all_lines=subset.captions.enable_wildcard)
+            if lines > 1:
+                longer.append(image)
+        else:
+            broken.append(unreadable_caption(subset.image_dir / name, text))
+    findings = [*_shortened(broken, "captions that cannot be read", subset), *_judge_captions(captions, longer, subset)]
     if without and not broken and captions:
         findings.append(_some_captions_missing(without, len(images), subset))
     elif without and not broken:
-        findings.extend(_no_captions(without, index, subset))
+        findings.extend(_no_captions(without, index_names(files.names), subset))
     return captions, findings
 
 
-def _judge_captions(captions: Mapping[str, CaptionFile], subset: SubsetSpec) -> Iterator[Finding]:
-    empty = [image for image, caption in captions.items() if not caption.text]
+def _judge_captions(captions: Mapping[str, str], longer: Sequence[str], subset: SubsetSpec) -> Iterator[Finding]:
+    """What is remarkable about captions by image name, those of ``longer`` from files of several lines."""
+    empty = [image for image, caption in captions.items() if not caption]
     if empty:
         yield warning(
             f"{len(empty)} caption files in '{subset.name}' are empty or begin with an empty line: {_named(empty)}",
             subset.where,
             "Write a caption, or remove the files so that the class tokens are used.",
         )
-    longer = [image for image, caption in captions.items() if caption.lines > 1]
     if longer and not subset.captions.enable_wildcard:
         yield warning(
             f"{len(longer)} caption files in '{subset.name}' have several lines, and only the first is used: "
@@ -289,8 +377,10 @@ def _shortened(findings: list[Finding], kind: str, subset: SubsetSpec) -> list[F
 
 def _balanced(records: Sequence[ImageRecord], dataset: DatasetSpec, findings: list[Finding]) -> list[ImageRecord]:
     """The records of one data set with its regularisation images balanced against the others."""
-    train = sum(record.repeats for record in records if not record.is_reg)
     regularisation = [record for record in records if record.is_reg]
+    if not regularisation:
+        return list(records)
+    train = sum(record.repeats for record in records if not record.is_reg)
     repeats = iter(balance_regularisation(train, [record.repeats for record in regularisation]))
     balanced = [replace(record, repeats=next(repeats)) if record.is_reg else record for record in records]
     unused = sum(record.repeats == 0 for record in balanced)

@@ -164,8 +164,6 @@ TABLE: Final = Kind("a table", "{ name = 'value' }", _table)
 COUNT: Final = whole_number(0)
 POSITIVE: Final = whole_number(1)
 
-_VALIDATION: Final = "a validation split"
-
 KEYS: Final[Mapping[str, Key]] = MappingProxyType(
     {
         key.name: key
@@ -178,8 +176,8 @@ KEYS: Final[Mapping[str, Key]] = MappingProxyType(
             Key("bucket_reso_steps", POSITIVE, _DATASET, 64, flag="bucket_reso_steps"),
             Key("bucket_no_upscale", BOOLEAN, _DATASET, False, flag="bucket_no_upscale"),
             Key("network_multiplier", NUMBER, _DATASET, 1.0),
-            Key("validation_seed", COUNT, _DATASET, later=_VALIDATION),
-            Key("validation_split", RATE, _DATASET, 0.0, later=_VALIDATION),
+            Key("validation_seed", COUNT, _DATASET),
+            Key("validation_split", RATE, _DATASET),
             Key("resize_interpolation", INTERPOLATION, _ANYWHERE, flag="resize_interpolation"),
             Key("num_repeats", POSITIVE, _ANYWHERE, 1, flag="dataset_repeats"),
             Key("shuffle_caption", BOOLEAN, _ANYWHERE, False, flag="shuffle_caption"),
@@ -202,7 +200,7 @@ KEYS: Final[Mapping[str, Key]] = MappingProxyType(
             Key("custom_attributes", TABLE, _ANYWHERE, MappingProxyType({})),
             Key("caption_extension", EXTENSION, _ANYWHERE, ".caption", flag="caption_extension"),
             Key("class_tokens", TEXT, _ANYWHERE),
-            Key("cache_info", BOOLEAN, _ANYWHERE, False, flag="cache_info", later="a list of images kept in a file"),
+            Key("cache_info", BOOLEAN, _ANYWHERE, False, flag="cache_info"),
             Key("image_dir", PATH, _SUBSET),
             Key("is_reg", BOOLEAN, _SUBSET, False),
             Key("alpha_mask", BOOLEAN, _SUBSET, False, flag="alpha_mask"),
@@ -215,6 +213,9 @@ KEYS: Final[Mapping[str, Key]] = MappingProxyType(
 CAPTION_DROPOUT_KEYS: Final = frozenset(
     ("caption_dropout_rate", "caption_dropout_every_n_epochs", "caption_tag_dropout_rate")
 )
+
+FOLDER_KEYS: Final = frozenset(("class_tokens", "is_reg", "caption_extension", "cache_info"))
+"""Keys that say where captions come from, or that there is a class: a metadata file says it itself."""
 
 ELSEWHERE: Final[Mapping[str, str]] = MappingProxyType(
     {

@@ -1,18 +1,25 @@
 """The training set, ready to be planned and read: every image placed in a bucket, every repeat numbered."""
 
 from collections import Counter, defaultdict
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
+from random import Random
+from typing import TypeAlias
 
 from library.data.buckets import Placement, aspect_error, bucket_resolutions, cover, place
+from library.data.cache_places import Home
 from library.data.captions import caption_for
 from library.data.epoch_plan import EpochPlan, PlanBucket
 from library.data.face_crop import Face, face_of
 from library.data.images import ImageView
+from library.data.latent_files import is_latent_file
 from library.data.records import ImageRecord
 from library.data.spec import AugmentRules, CaptionRules, DatasetSpec, DataSpec, Size, SubsetSpec
 from library.errors import Problem, UserError, raise_if_any
 from library.randomness import python_random
+
+Reword: TypeAlias = Callable[[str, ImageRecord, Random], str]
+"""Caption of one use of an image, its record and a generator -> the caption that is trained on."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -24,12 +31,14 @@ class SubsetRules:
         augment: Augmentation rules.
         resize_interpolation: Name of the resize filter; None chooses by scale.
         alpha_mask: The alpha channel weighs the loss.
+        home: Where latents of its images may be written.
     """
 
     captions: CaptionRules
     augment: AugmentRules
     resize_interpolation: str | None
     alpha_mask: bool = False
+    home: Home = Home()
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -62,6 +71,7 @@ class TrainingData:
         rules: The rules of each subset, by (data set, subset).
         examples: The position of each example's record in ``records``.
         buckets: The buckets in use, sorted by data set and size.
+        reword: Changes captions after all caption rules; loader workers hold it, so it can be pickled.
     """
 
     records: tuple[ImageRecord, ...]
@@ -69,6 +79,7 @@ class TrainingData:
     rules: Mapping[tuple[int, int], SubsetRules]
     examples: tuple[int, ...]
     buckets: tuple[Bucket, ...]
+    reword: Reword | None = None
 
     def plan(self, seed: int, *, accumulation: int, world: int) -> EpochPlan:
         """The order of training for ``world`` processes that accumulate ``accumulation`` micro-batches a step."""
@@ -89,7 +100,10 @@ class TrainingData:
         record = self.records[self.examples[example]]
         rng = python_random(seed, "caption", epoch, example)
         rules = self.rules_of(record).captions
-        return caption_for(record.caption, rules, rng, epoch=epoch, step=step, total_steps=total_steps)
+        caption = caption_for(record.caption, rules, rng, epoch=epoch, step=step, total_steps=total_steps)
+        if self.reword is None:
+            return caption
+        return self.reword(caption, record, python_random(seed, "template", epoch, example))
 
     def face(self, number: int) -> Face | None:
         """The face that the crops of the record at position ``number`` follow; None where they do not."""
@@ -97,6 +111,21 @@ class TrainingData:
         if record.bucket is not None or self.rules_of(record).augment.face_crop_aug_range is None:
             return None
         return face_of(record.path.stem)
+
+    @property
+    def has_latent_files(self) -> bool:
+        """Whether there are records with latents instead of an image."""
+        return any(is_latent_file(record.path) for record in self.records)
+
+    def masked_by_opacity(self, number: int) -> bool:
+        """Whether the transparency of the record at position ``number`` is its mask."""
+        record = self.records[number]
+        return record.mask is None and self.rules_of(record).alpha_mask
+
+    def home(self, number: int) -> Home:
+        """Where latents of the record at position ``number`` may be written, and who says how large they are."""
+        record = self.records[number]
+        return replace(self.rules_of(record).home, is_sized=record.bucket is not None)
 
     def names(self, examples: Iterable[int]) -> list[str]:
         """The file names of ``examples``, for messages: without their folders."""
@@ -122,12 +151,13 @@ class TrainingData:
         return sum(errors) / len(errors) if errors else 0.0
 
 
-def prepare_data(spec: DataSpec, records: Sequence[ImageRecord]) -> TrainingData:
+def prepare_data(spec: DataSpec, records: Sequence[ImageRecord], *, reword: Reword | None = None) -> TrainingData:
     """Place ``records`` in the buckets of their data sets and number their repeats.
 
     Args:
         spec: The data sets.
         records: Their images, sorted by data set, subset and relative path.
+        reword: Changes captions after all caption rules.
 
     Raises:
         UserError: There is nothing to train on, or images fit no bucket (all of them are named).
@@ -142,19 +172,17 @@ def prepare_data(spec: DataSpec, records: Sequence[ImageRecord]) -> TrainingData
         rules={
             (dataset_number, subset_number): SubsetRules(
                 captions=subset.captions,
-                augment=(
-                    replace(subset.augment, face_crop_aug_range=None)
-                    if dataset.buckets.enable_bucket
-                    else subset.augment
-                ),
+                augment=_effective(subset.augment, dataset),
                 resize_interpolation=subset.resize_interpolation,
                 alpha_mask=subset.alpha_mask,
+                home=Home(subset.folders_of_its_own) if subset.metadata_file is not None else Home(),
             )
             for dataset_number, dataset in enumerate(spec.datasets)
             for subset_number, subset in enumerate(dataset.subsets)
         },
         examples=examples,
         buckets=_buckets(spec, records, placements, examples),
+        reword=reword,
     )
 
 

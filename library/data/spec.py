@@ -7,10 +7,29 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from types import MappingProxyType
-from typing import Any, TypeAlias
+from typing import Any, Final, TypeAlias
 
 Size: TypeAlias = tuple[int, int]
 """(width, height) in pixels."""
+
+_GRID: Final = 8
+"""The VAE shrinks by 8."""
+
+_SHORTEST_SIDE: Final = 64
+"""The U-Net shrinks by another 8."""
+
+_LONGEST_SIDE: Final = 4096
+_LARGEST_AREA: Final = 2048 * 2048
+"""Sixteen times what the models were trained on; no GPU trains more in one piece."""
+
+
+def size_objection(size: Size) -> str | None:
+    """Why images cannot be trained at ``size`` where a file asks for it; None where they can."""
+    if any(side % _GRID for side in size):
+        return f"sides are multiples of {_GRID} pixels"
+    if min(size) < _SHORTEST_SIDE or max(size) > _LONGEST_SIDE:
+        return f"sides have {_SHORTEST_SIDE} to {_LONGEST_SIDE} pixels"
+    return f"the area is at most {_LARGEST_AREA} pixels" if size[0] * size[1] > _LARGEST_AREA else None
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -107,6 +126,8 @@ class SubsetSpec:
         custom_attributes: Free values that methods may read.
         metadata_file: Captions and sizes from a JSON file instead of caption files.
         conditioning_data_dir: Folder of masks or control images.
+        cache_info: Keep captions and sizes of a folder's images in a file in it.
+        written_dir: ``image_dir`` as it was written: how the paths in that file begin.
     """
 
     image_dir: Path
@@ -123,6 +144,13 @@ class SubsetSpec:
     custom_attributes: Mapping[str, Any] = field(default_factory=_no_attributes)
     metadata_file: Path | None = None
     conditioning_data_dir: Path | None = None
+    cache_info: bool = False
+    written_dir: str = ""
+
+    @property
+    def folders_of_its_own(self) -> tuple[Path, ...]:
+        """The folders that files may be written to: that of the images, and that of the metadata file."""
+        return (self.image_dir,) if self.metadata_file is None else (self.image_dir, self.metadata_file.parent)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -135,6 +163,8 @@ class DatasetSpec:
         buckets: Bucket rules.
         subsets: At least one; in the order they were asked for.
         network_multiplier: Strength of the adapter for this data set (carried along; 1.0 is normal).
+        validation_split: Part, 0..1, of the images that is held out for validation; None leaves it to the options.
+        validation_seed: Seed of that choice and of the noise in validation; None leaves it to the options.
         where: Where it was asked for.
     """
 
@@ -143,6 +173,8 @@ class DatasetSpec:
     buckets: BucketRules
     subsets: tuple[SubsetSpec, ...]
     network_multiplier: float = 1.0
+    validation_split: float | None = None
+    validation_seed: int | None = None
     where: str = ""
 
 

@@ -1,13 +1,10 @@
 """How a data set is described, by folders or by metadata files: one way for all of its subsets."""
 
 from collections.abc import Iterator
-from typing import Final
 
 from library.data.config_file import DatasetSection, Section
 from library.data.findings import Finding, error
-
-_FOLDERS_ONLY: Final = ("class_tokens", "is_reg", "caption_extension", "cache_info")
-"""Keys that say where captions come from, or that there is a class: a metadata file says it itself."""
+from library.data.schema import FOLDER_KEYS
 
 
 def check_style(dataset: DatasetSection) -> Iterator[Finding]:
@@ -27,10 +24,9 @@ def check_style(dataset: DatasetSection) -> Iterator[Finding]:
 
 
 def _without_meaning(section: Section) -> Iterator[Finding]:
-    for name in _FOLDERS_ONLY:
-        if name in section.values:
-            yield error(
-                f"{name} has no meaning beside metadata_file",
-                section.places.get(name, section.where),
-                "Remove the line, or put the folder into a [[datasets]] without metadata_file.",
-            )
+    for name in sorted(FOLDER_KEYS & section.values.keys()):
+        yield error(
+            f"{name} has no meaning beside metadata_file",
+            section.places.get(name, section.where),
+            "Remove the line, or put the folder into a [[datasets]] without metadata_file.",
+        )

@@ -271,18 +271,18 @@ def training_image_as_regularisation(folder):
 # --- sizes and buckets
 
 
-@mistake("warning", ("enlarged more than twice", "3.png"), "dataset.toml:", "larger images")
+@mistake("warning", ("enlarged more than twice", "3.png 40x40"), "dataset.toml:", "larger images")
 def tiny_image(folder):
     noise(3, (40, 40)).save(folder / "images" / "3.png")
 
 
-@mistake("warning", ("huge", "3.jpg"), "dataset.toml:", "Shrink")
+@mistake("warning", ("huge", "3.jpg 4200x2000"), "dataset.toml:", "Shrink")
 def huge_image(folder):
     Image.effect_noise((4200, 2000), 80).convert("RGB").resize((4200, 2000)).save(folder / "images" / "3.jpg")
     (folder / "images" / "3.png").unlink()
 
 
-@mistake("warning", ("lose more than 30%", "3.png"), "dataset.toml:", "min_bucket_reso")
+@mistake("warning", ("lose more than 30%", "3.png 1200x128"), "dataset.toml:", "min_bucket_reso")
 def extreme_shape(folder):
     noise(3, (1200, 128)).save(folder / "images" / "3.png")
 
@@ -398,6 +398,11 @@ def captions_all_alike(folder):
     captions(folder, ["sks dog, a photo"] * 6)
 
 
+@mistake("warning", "5 of 6 captions in 'images' are the same: 'sks dog, a photo'", "dataset.toml:", "Describe")
+def captions_mostly_alike(folder):
+    captions(folder, ["sks dog, a photo"] * 5)
+
+
 @mistake("warning", "look like wildcards", "dataset.toml:", "enable_wildcard = true")
 def wildcards_that_are_off(folder):
     caption(folder, 3, "sks dog, a {red|blue} collar")
@@ -411,6 +416,16 @@ def token_absent(folder):
 @mistake("warning", ("longer than 75 tokens", "lost", "the very end"), "3.png", "--max_token_length")
 def caption_too_long(folder):
     caption(folder, 3, "sks dog, " + "a long story of a dog and a cat, " * 9 + "the very end")
+
+
+@mistake(
+    "warning",
+    ("longer than 75 tokens", "lost"),
+    "3.png",
+    ("--max_token_length=225", "the most there is", "306 tokens"),
+)
+def caption_of_three_hundred_tokens(folder):
+    caption(folder, 3, "sks dog, " + "a dog, " * 101)
 
 
 @mistake("warning", ("is in no caption", "|||"), "dataset.toml:", "'|||'")
@@ -617,6 +632,22 @@ def broken_toml(folder):
     change(folder, "[[datasets]]", "[[datasets]")
 
 
+@mistake("error", "datasets must be a list of tables", "dataset.toml:", "[[datasets]]")
+def single_brackets(folder):
+    change(folder, "[[datasets]]", "[datasets]")
+
+
+@mistake("error", "is_reg does not belong under [general]", "dataset.toml:", "[[datasets.subsets]]")
+def regularisation_for_all(folder):
+    general(folder, "is_reg = true")
+
+
+@mistake("error", "not UTF-8", "dataset.toml", "encoding UTF-8")
+def dataset_file_in_utf16(folder):
+    path = folder / "dataset.toml"
+    path.write_bytes(path.read_text(encoding="utf-8").encode("utf-16"))
+
+
 @mistake("error", "cannot be read", "dataset.toml", "single quotes")
 def windows_path_in_double_quotes(folder):
     change(folder, '"images"', '"C:\\users\\images"')
@@ -711,3 +742,23 @@ def misspelt_metadata(folder):
     described(folder)
     (folder / "meta.json").rename(folder / "metas.json")
     change(folder, '"meta.json"', f"'{(folder / 'meta.json').as_posix()}'")
+
+
+@mistake("error", "holds no JSON object", "meta.json:1", '{"image.png"')
+def metadata_is_a_list(folder):
+    described(folder, text='[{"file_name": "0.png", "caption": "sks dog"}]')
+
+
+@mistake("error", "is no JSON", "meta.json:1", "Mend that line")
+def metadata_with_a_comma_too_many(folder):
+    described(folder, text='{"0.png": {"caption": "sks dog",}}')
+
+
+@mistake("error", ("must be an object", "3.png"), "meta.json", '{"caption": "..."}')
+def metadata_entry_without_keys(folder):
+    described(folder, **{"3.png": "sks dog, in the snow"})
+
+
+@mistake("error", ("tags must be text", "3.png"), "meta.json", '"tags": "..."')
+def metadata_tags_as_a_list(folder):
+    described(folder, **{"3.png": {"tags": ["sks dog", "snow"]}})

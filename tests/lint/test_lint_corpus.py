@@ -122,6 +122,11 @@ def grey_and_palette(folder):
     Image.fromarray(deep).save(folder / "images" / "3.png")
 
 
+def suffixes_in_capitals(folder):
+    for path in [*(folder / "images").iterdir()]:
+        path.rename(path.with_suffix(path.suffix.upper()))
+
+
 CLEAN = (
     plain,
     with_regularisation,
@@ -135,6 +140,7 @@ CLEAN = (
     two_resolutions,
     byte_order_marks,
     grey_and_palette,
+    suffixes_in_capitals,
 )
 
 

@@ -3,11 +3,13 @@
 import os
 import subprocess
 import sys
+from difflib import get_close_matches
 from pathlib import Path
 
 import pytest
 
 from library.errors import UserError
+from library.options import declared_flags, parse_options
 from tests.scripts.runs import Run, read_losses, run_script, script, write_dataset, write_images
 from tests.scripts.test_train_network import arguments
 from tests.tiny import tiny_sd
@@ -190,3 +192,38 @@ def test_mistakes_are_answered_before_anything_heavy_is_imported(tmp_path: Path)
     )
     run = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, timeout=60, check=True)
     assert run.stdout.strip() == "[]"
+
+
+TRAINING = ("train_network", "train_db", "fine_tune", "train_textual_inversion", "train_textual_inversion_XTI")
+
+
+@pytest.mark.parametrize("name", TRAINING)
+def test_the_tool_mistakes_no_option_of_training_for_one_of_its_own(name: str) -> None:
+    own = declared_flags(script("tools.cache_latents").Options)
+    others = declared_flags(script(name).Options) - own
+    assert others
+    assert not [flag for flag in others if get_close_matches(flag, own, 1, cutoff=0.8)]
+    assert not [flag for flag in others if any(one.startswith(flag) for one in own)]
+
+
+def test_the_tool_names_options_that_it_does_not_use(model: Path, tmp_path: Path) -> None:
+    config = tmp_path / "training.toml"
+    config.write_text("max_train_epochs = 3\n[saving]\noutput_name = 'x'\n", encoding="utf-8")
+    notices: list[str] = []
+    given = [f"--config_file={config}", "--network_dim=4", "--network_args", "a=1", "b=2", "--resolution=64"]
+    options = parse_options(
+        script("tools.cache_latents").Options,
+        given,
+        prog="tool",
+        description="",
+        announce=notices.append,
+        skips_others=True,
+    )
+    assert options.image.resolution == (64, 64)
+    assert notices == ["not used here: max_train_epochs, network_args, network_dim, output_name"]
+
+
+@pytest.mark.parametrize("slip", ["--resoluton=64", "--enable_buckets"])
+def test_the_tool_refuses_a_slip_of_the_pen(model: Path, tmp_path: Path, slip: str) -> None:
+    with pytest.raises(UserError, match="there is no option"):
+        tool(*tool_arguments(model, tmp_path), slip)

@@ -161,3 +161,25 @@ def test_transparency_as_mask(model: Path, tmp_path: Path) -> None:
             losses[opacity, bool(flag)] = run.losses[0]
     assert losses[255, True] == losses[255, False]
     assert losses[128, True] == pytest.approx(losses[128, False] * 128 / 255, rel=1e-4)
+
+
+def test_latents_alone_train_whatever_is_said_of_caching(model: Path, tmp_path: Path) -> None:
+    images = tmp_path / "images"
+    images.mkdir()
+    rng = np.random.default_rng(0)
+    for number in range(IMAGES):
+        np.savez(
+            images / f"{number:02d}.npz",
+            latents=rng.standard_normal((4, 8, 8), np.float32),
+            original_size=np.array([64, 64]),
+            crop_ltrb=np.array([0, 0, 64, 64]),
+        )
+    given = (f"--in_json={write_metadata(tmp_path / 'meta.json', images)}", f"--train_data_dir={images}")
+    runs = [
+        train(model, tmp_path / name, *given, "--resolution=64", "--train_batch_size=2", "--seed=1", *more)
+        for name, more in (("off", []), ("memory", ["--cache_latents"]), ("disk", ["--cache_latents_to_disk"]))
+    ]
+    assert len({run.tensor_hash() for run in runs}) == 1
+    assert sorted(path.name for path in images.iterdir()) == [f"{number:02d}.npz" for number in range(IMAGES)]
+    with pytest.raises(UserError, match="color_aug changes the pixels each time"):
+        train(model, tmp_path / "aug", *given, "--resolution=64", "--color_aug")

@@ -7,6 +7,7 @@ from PIL import Image
 
 from library.data.config import read_spec
 from library.data.options import CacheOptions, CaptionOptions, ImageOptions, SourceOptions
+from library.data.support import NETWORK
 
 GOLDEN = Path(__file__).parents[2] / "golden"
 
@@ -32,7 +33,7 @@ def read(
     masked=False,
     cache=False,
     captions=None,
-    caption_dropout=True,
+    support=NETWORK,
     **image,
 ):
     source = SourceOptions(
@@ -49,7 +50,7 @@ def read(
         ImageOptions(**({"resolution": (512, 512)} | image)),
         captions or CaptionOptions(),
         CacheOptions(cache_latents=cache),
-        caption_dropout=caption_dropout,
+        support=support,
     )
 
 

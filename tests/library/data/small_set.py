@@ -32,7 +32,8 @@ def write_images(folder, sizes=SIZES, *, subset=0, seed=0, repeats=1, is_reg=Fal
         Image.fromarray(rng.integers(0, 256, (height, width, 3), np.uint8)).save(path)
         records.append(
             ImageRecord(
-                path=path,
+                folder=folder,
+                name=path.name,
                 size=(width, height),
                 caption=f"image {number}, red, green, blue, tall",
                 has_caption_file=True,

@@ -175,6 +175,20 @@ def test_mirroring_rebuilds_and_dropping_it_does_not(folder, data):
     assert fill(data)[1] == 0
 
 
+@pytest.mark.parametrize("changes", [{"augment": AugmentRules(flip_aug=True)}, {"alpha_mask": True}], ids=str)
+def test_a_change_of_one_subset_rebuilds_its_entries_alone(tmp_path, changes):
+    records = [*write_images(tmp_path / "a"), *write_images(tmp_path / "b", [(64, 64)] * 2, subset=1)]
+    first = make_subset(tmp_path / "a")
+    fill(prepare_data(make_spec(first, make_subset(tmp_path / "b")), records))
+    before = {path: path.stat().st_mtime_ns for path in tmp_path.glob("*/*.npz")}
+    changed = prepare_data(make_spec(first, make_subset(tmp_path / "b", **changes)), records)
+    fill(changed)
+    rebuilt = {path for path in before if path.stat().st_mtime_ns != before[path]}
+    assert rebuilt == set((tmp_path / "b").glob("*.npz"))
+    assert len(rebuilt) == 2
+    assert fill(changed)[1] == 0
+
+
 def test_another_interpolation_rebuilds_what_is_resized(folder, data):
     fill(data)
     resized = sum(
@@ -431,20 +445,21 @@ def test_a_process_that_fails_ends_without_waiting(folder, data):
 SLOW_FILL = """
 import sys, time
 from pathlib import Path
-from tests.library.data.test_disk_cache import data_of, encode, DiskLatentCache
+from tests.library.data.test_disk_cache import AugmentRules, DiskLatentCache, data_of, encode
 
 def slow(pixels):
     time.sleep(float(sys.argv[2]))
     return encode(pixels)
 
 folder = Path(sys.argv[1])
-DiskLatentCache.fill(data_of(folder), slow, vae="a", batch_size=1, progress=False)
+changes = {"flip": {"augment": AugmentRules(flip_aug=True)}, "mask": {"alpha_mask": True}, "": {}}[sys.argv[3]]
+DiskLatentCache.fill(data_of(folder, **changes), slow, vae="a", batch_size=1, progress=False)
 """
 
 
-def start(folder, delay):
+def start(folder, delay, changes=""):
     return subprocess.Popen(
-        [sys.executable, "-c", SLOW_FILL, str(folder), str(delay)],
+        [sys.executable, "-c", SLOW_FILL, str(folder), str(delay), changes],
         cwd=ROOT,
         env={**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)},
     )
@@ -457,6 +472,18 @@ def test_two_processes_fill_one_cache_at_once(folder, data):
     cache, encoded = fill(data)
     assert encoded == 0
     assert_equals_memory(cache, data)
+
+
+def test_two_processes_with_different_needs_fill_one_cache_at_once(folder):
+    processes = [start(folder, 0.02, changes) for changes in ("flip", "mask")]
+    assert [process.wait(60) for process in processes] == [0, 0]
+    assert entries(folder) == NAMES
+    mirrored = data_of(folder, augment=AugmentRules(flip_aug=True))
+    for data in (mirrored, data_of(folder, alpha_mask=True)):
+        fill(data)
+    # Neither takes away what the other has made.
+    assert fill(mirrored)[1] == 0
+    assert fill(data_of(folder, alpha_mask=True))[1] == 0
 
 
 def test_a_killed_fill_leaves_nothing_that_is_trusted_wrongly(folder, data):

@@ -15,6 +15,9 @@ class Words:
     def __init__(self, limit):
         self.limit = limit
 
+    def __call__(self, caption):
+        return caption.split()
+
     def lost(self, caption):
         return " ".join(caption.split()[self.limit :])
 
@@ -36,6 +39,28 @@ def test_the_lost_words_are_told(tmp_path):
 def test_at_the_greatest_length_only_shortening_helps(tmp_path):
     (finding,) = lint_lengths(make_subset(tmp_path), records_of(tmp_path, "a " * 300), Words(225))
     assert finding.remedy == "Shorten the caption."
+
+
+@pytest.mark.parametrize(
+    ("words", "remedy"),
+    [
+        (100, "Shorten the caption, or give --max_token_length=150."),
+        (151, "Shorten the caption, or give --max_token_length=225."),
+        (226, "Shorten the caption of 226 tokens, or give --max_token_length=225, the most there is, and lose fewer."),
+    ],
+)
+def test_the_length_that_is_advised_is_enough(words, remedy, tmp_path):
+    (finding,) = lint_lengths(make_subset(tmp_path), records_of(tmp_path, "a " * words), Words(75))
+    assert finding.remedy == remedy
+
+
+@pytest.mark.parametrize(("alike", "warned"), [(4, False), (5, True), (8, True)])
+def test_captions_that_are_mostly_alike_are_told(alike, warned, tmp_path):
+    records = records_of(tmp_path, *["a dog"] * alike, "a red dog", "a blue dog", "a green dog")
+    findings = [finding for finding in lint_captions(make_subset(tmp_path), records) if "are the same" in finding.what]
+    assert len(findings) == warned
+    if warned:
+        assert findings[0].what.startswith(f"{alike} of {alike + 3} captions")
 
 
 @pytest.mark.parametrize("rules", [CaptionRules(caption_prefix="a photo"), CaptionRules(caption_suffix="on white")])

@@ -6,7 +6,8 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from library.data.lint_files import lint_copies, near_pairs, read_facts
+from library.data.file_facts import read_facts
+from library.data.lint_files import lint_copies, near_pairs
 from tests.library.data.small_set import write_images
 
 

@@ -8,8 +8,11 @@ import pytest
 import torch
 from PIL import Image
 
+from library.data.cache_entry import read_entry
 from library.data.dataset import TrainingDataset
+from library.data.disk_cache import DiskLatentCache
 from library.data.epoch_plan import MicroBatch
+from library.data.images import decode
 from library.data.latent_cache import LatentCache
 from library.data.lint import lint
 from library.data.mask_cache import MaskCache
@@ -90,7 +93,7 @@ def test_transparency_is_the_mask_where_asked_for(tmp_path):
 def test_cached_latents_have_masks_too(tmp_path, alpha):
     data, _, _ = make_set(tmp_path, augment=AugmentRules(flip_aug=True), alpha=alpha)
     cache = LatentCache.fill(data, encode, batch_size=2, progress=False)
-    masks = pickle.loads(pickle.dumps(MaskCache.fill(data)))
+    masks = pickle.loads(pickle.dumps(MaskCache.fill(data, cache)))
     assert len(masks) == 2
     plain_batches = {epoch: dataset_of(data)[key(epoch)] for epoch in range(1, 4)}
     for record in data.records:
@@ -108,14 +111,14 @@ def test_masks_that_cannot_be_cached_are_all_named(tmp_path):
     for number in (0, 2):
         data.records[number].mask.write_bytes(b"no image")
     with pytest.raises(UserError) as caught:
-        MaskCache.fill(data)
+        MaskCache.fill(data, LatentCache.fill(data, encode, batch_size=2, progress=False))
     assert [problem.where[-5:] for problem in caught.value.problems] == ["0.png", "2.png"]
 
 
 def test_only_masks_are_cached(tmp_path):
     data, _, _ = make_set(tmp_path)
     none = replace(data, records=tuple(replace(record, mask=None) for record in data.records))
-    masks = MaskCache.fill(none)
+    masks = MaskCache.fill(none, LatentCache.fill(none, encode, batch_size=2, progress=False))
     assert len(masks) == 0
     assert dataset_of(none, masks=masks)[key()].mask is None
 
@@ -297,3 +300,86 @@ def test_metadata_sets_have_masks_too(tmp_path):
     spec, findings = read(in_json=path, train=tmp_path / "images", masks=tmp_path / "masks", masked=True)
     assert not findings
     assert scan(spec)[0][0].mask == tmp_path / "masks" / "0.png"
+
+
+# --- transparency and the cache
+
+
+class Decodes:
+    """Counts how often files are decoded."""
+
+    def __init__(self, monkeypatch):
+        self.paths = []
+
+        def counted(path):
+            self.paths.append(path)
+            return decode(path)
+
+        monkeypatch.setattr("library.data.images.decode", counted)
+        monkeypatch.setattr("library.data.masks.decode", counted)
+
+
+def test_without_a_cache_an_image_with_transparency_is_decoded_once_a_use(tmp_path, monkeypatch):
+    data, _, _ = make_set(tmp_path, alpha=True, augment=AugmentRules(flip_aug=True, random_crop=True))
+    decodes = Decodes(monkeypatch)
+    assert dataset_of(data)[key()].mask is not None
+    assert sorted(path.name for path in decodes.paths) == ["0.png", "1.png"]
+
+
+@pytest.mark.parametrize("kind", ["memory", "disk"])
+def test_caching_decodes_an_image_once_for_latents_and_mask(tmp_path, monkeypatch, kind):
+    data, _, _ = make_set(tmp_path, alpha=True)
+    plain = dataset_of(data)[key()].mask
+    decodes = Decodes(monkeypatch)
+
+    def filled():
+        if kind == "memory":
+            return LatentCache.fill(data, encode, batch_size=2, progress=False)
+        return DiskLatentCache.fill(data, encode, vae="a", batch_size=2, progress=False)
+
+    cache = filled()
+    masks = MaskCache.fill(data, cache)
+    assert len(decodes.paths) == 2
+    assert torch.equal(dataset_of(data, cache=cache, masks=masks)[key()].mask, plain)
+    if kind == "disk":
+        assert torch.equal(dataset_of(data, cache=cache, masks=MaskCache.fill(data, filled()))[key()].mask, plain)
+        assert len(decodes.paths) == 2
+
+
+def test_the_entry_holds_the_mask_as_other_programs_do(tmp_path):
+    data, _, _ = make_set(tmp_path, alpha=True, size=(64, 64))
+    DiskLatentCache.fill(data, encode, vae="a", batch_size=2, progress=False)
+    with np.load(tmp_path / "images" / "0_0064x0064_sd.npz") as archive:
+        assert archive["alpha_mask"].dtype == np.float32
+        assert archive["alpha_mask"].shape == (64, 64)
+        expected = np.asarray(Image.open(tmp_path / "images" / "0.png"))[..., 3] / np.float32(255)
+        np.testing.assert_array_equal(archive["alpha_mask"], expected)
+
+
+def test_an_entry_without_the_mask_is_made_anew_only_where_it_is_needed(tmp_path, caplog):
+    data, _, _ = make_set(tmp_path, alpha=True)
+    rules = {place: replace(own, alpha_mask=False) for place, own in data.rules.items()}
+    without = replace(data, rules=rules)
+    folder = tmp_path / "images"
+
+    def fill(of):
+        DiskLatentCache.fill(of, encode, vae="a", batch_size=2, progress=False)
+        return {path.name: path.read_bytes() for path in folder.glob("*.npz")}
+
+    first = fill(without)
+    second = fill(data)
+    assert first.keys() == second.keys()
+    assert "2 made anew: without the mask of the image's transparency" in caplog.text
+    assert fill(without) == second
+
+
+def test_mirrored_latents_and_masks_are_kept_when_the_other_is_added(tmp_path):
+    data, _, _ = make_set(tmp_path, alpha=True, augment=AugmentRules(flip_aug=True))
+    rules = {place: replace(own, alpha_mask=False) for place, own in data.rules.items()}
+    DiskLatentCache.fill(replace(data, rules=rules), encode, vae="a", batch_size=2, progress=False)
+    rules = {place: replace(own, augment=AugmentRules()) for place, own in data.rules.items()}
+    DiskLatentCache.fill(replace(data, rules=rules), encode, vae="a", batch_size=2, progress=False)
+    for path in (tmp_path / "images").glob("*.npz"):
+        entry = read_entry(path)
+        assert entry.mirrored is not None
+        assert entry.mask is not None

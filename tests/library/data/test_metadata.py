@@ -142,18 +142,18 @@ def test_records_are_in_the_order_of_paths(tmp_path):
 
 
 def test_sizes_of_the_metadata_decide_the_buckets(tmp_path):
-    entries = {"a": {"caption": "1", "train_resolution": [80, 48]}, "b": {"caption": "2", "train_resolution": [64, 64]}}
+    entries = {"a": {"caption": "1", "train_resolution": [80, 64]}, "b": {"caption": "2", "train_resolution": [64, 64]}}
     records, findings = described(tmp_path, entries, buckets=BucketRules())
     assert not findings
     spec = spec_of(tmp_path / "meta.json", tmp_path / "images", buckets=BucketRules())
     assert not lint(spec, records)
     data = prepare_data(spec, records)
-    assert [placement.bucket for placement in data.placements] == [(80, 48), (64, 64)]
+    assert [placement.bucket for placement in data.placements] == [(80, 64), (64, 64)]
     assert data.placements[0].resized == (80, 80)
 
 
 def test_sizes_are_used_only_where_all_have_one(tmp_path):
-    entries = {"a": {"caption": "1", "train_resolution": [80, 48]}, "b": {"caption": "2"}}
+    entries = {"a": {"caption": "1", "train_resolution": [80, 64]}, "b": {"caption": "2"}}
     records, findings = described(tmp_path, entries)
     assert [record.bucket for record in records] == [None, None]
     assert "1 of 2 entries have a train_resolution" in findings[0].what
@@ -173,13 +173,13 @@ def test_sizes_far_from_the_resolution_and_bucket_no_upscale_are_remarked_on(tmp
 
 def test_the_resolution_may_be_left_to_the_metadata(tmp_path):
     make_images(tmp_path / "images", 2)
-    entries = {str(n): {"tags": "t", "train_resolution": size} for n, size in enumerate([[80, 48], [64, 64]])}
+    entries = {str(n): {"tags": "t", "train_resolution": size} for n, size in enumerate([[80, 64], [64, 64]])}
     text = "[[datasets]]\n[[datasets.subsets]]\nimage_dir = 'images'\nmetadata_file = 'meta.json'\n"
     path = write(tmp_path, text)
     write(tmp_path, json.dumps(entries), "meta.json")
     spec, findings = read(path, resolution=None)
     assert not findings
-    assert spec.datasets[0].resolution == (64, 64)
+    assert spec.datasets[0].resolution == (80, 64)
     del entries["0"]["train_resolution"]
     write(tmp_path, json.dumps(entries), "meta.json")
     assert "no training resolution" in only_error(read(path, resolution=None)[1]).what
@@ -223,13 +223,6 @@ def test_a_wrong_image_dir_is_named(tmp_path):
     assert "images" in finding.remedy
 
 
-def test_latents_alone_are_not_trained_on_yet(tmp_path):
-    (tmp_path / "images").mkdir()
-    (tmp_path / "images" / "c.npz").write_bytes(b"")
-    finding = only_error(described(tmp_path, {"a": {"caption": "c"}, "b": {"tags": "t"}, "c": {"tags": "t"}})[1])
-    assert "not available yet" in finding.what
-
-
 @pytest.mark.parametrize(
     ("content", "what", "line"),
     [
@@ -240,7 +233,11 @@ def test_latents_alone_are_not_trained_on_yet(tmp_path):
         ('{"b": {},\n\n"a": {"caption": 5}}', "caption must be text", 3),
         ('{"a": {"tags": ["t"]}}', "tags must be text", 1),
         ('{"a": {"train_resolution": [500, 512]}}', "multiples of 8", 1),
-        ('{"a": {"train_resolution": 512}}', "multiples of 8", 1),
+        ('{"a": {"train_resolution": 512}}', "width and height", 1),
+        ('{"a": {"train_resolution": [512.5, 512]}}', "without fractions", 1),
+        ('{"a": {"train_resolution": [56, 512]}}', "sides have 64 to 4096 pixels", 1),
+        ('{"a": {"train_resolution": [4104, 512]}}', "sides have 64 to 4096 pixels", 1),
+        ('{"a": {"train_resolution": [4096, 2048]}}', "at most 4194304 pixels", 1),
         ('{"a\\u0000": {"caption": "c"}}', "no path", 1),
         ('{"a\\ud800/b": {"caption": "c"}}', "no path ('a\\ud800/b')", 1),
         ('{"a": {"caption": "c\\udfff"}}', "caption must be text", 1),

@@ -16,7 +16,7 @@ from PIL import Image
 from library.data import preview
 from library.data.preview import open_in_browser, write_preview
 from library.data.setup import prepare_data
-from library.data.spec import AugmentRules
+from library.data.spec import AugmentRules, BucketRules, CaptionRules
 from library.models.caption_tokens import CaptionTokens
 from library.randomness import python_random
 from tests.library.data.small_set import make_spec, make_subset, write_images
@@ -62,7 +62,9 @@ def test_every_batch_of_two_epochs_is_shown(tmp_path):
     assert page.tags.count("section") == 6
     assert len(page.sources) == 10
     assert "epoch 2, step 6" in page.text
-    assert page.text.count("64x64 resized to 64x64; cropped at 0, 0: 0.0% lost; 1 repeats") == 10
+    assert page.text.count("bucket 64x64, 2 to train on") == 4
+    assert page.text.count("bucket 64x64, 1 to train on") == 2
+    assert page.text.count("64x64, not resized nothing cut off once in an epoch") == 10
     assert [path.name for path in written.sheets] == ["epoch-01-sheet-001.png", "epoch-02-sheet-001.png"]
     for path in written.sheets:
         Image.open(path).verify()
@@ -94,6 +96,7 @@ def test_a_hostile_caption_or_name_stays_text(tmp_path):
     hostile = '<script>alert("x")</script>'
     _, page, _ = make(tmp_path, captions=[hostile] * 5, folder='a"><img src=x onerror=alert(1)>')
     assert page.tags.count("script") == 1
+    assert not {"object", "iframe", "svg", "b"} & set(page.tags)
     assert len(page.sources) == 10
     assert "alert" in page.text
     assert "script" in page.text
@@ -123,26 +126,82 @@ def test_the_keys_of_the_page(tmp_path):
       const window = {scrollTo() {}};
     """
     presses = """
-      for (const key of ["s", "E", "e", "Escape", "S"]) {
+      for (const key of ["s", "E", "e", "Escape", "S", "ArrowLeft", "ArrowRight", "s"]) {
         press({key});
         shown.push(body.classList.has("single") ? sections.findIndex((one) => one.classList.has("current")) : "all");
       }
       console.log(JSON.stringify(shown));
     """
     done = subprocess.run(["node", "-e", browser + script + presses], capture_output=True, text=True, check=True)
-    assert json.loads(done.stdout) == [1, 3, 3, "all", 4]
+    assert json.loads(done.stdout) == [1, 3, 3, "all", 4, 3, 4, 5]
 
 
 def test_tokens_behind_the_limit_are_marked(tmp_path):
     written, page, _ = make(tmp_path, captions=["red green blue"] * 5, tokens=CaptionTokens(limit=2))
     assert page.text.count("cut off here") == 10
     assert re.search(r"cut off here; never trained on:\s*blue", page.text)
-    assert "2 of 2 tokens" in page.text
+    assert "2 of 2 tokens, 1 too many" in page.text
 
 
 def test_weights_are_shown(tmp_path):
     _, page, _ = make(tmp_path, captions=["(red:1.25) dog"] * 5, tokens=CaptionTokens(limit=75, weighted=True))
     assert "red1.25 dog" in page.text
+
+
+def show(tmp_path, records, spec):
+    """The page of one step with all of ``records``."""
+    data = prepare_data(spec, records)
+    plan = data.plan(7, accumulation=1, world=1)
+    tokens = CaptionTokens(limit=75)
+    written = write_preview(tmp_path / "out", data, plan, tokens_of=tokens, seed=7, total_steps=1)
+    return written, Page(written.page.read_text(encoding="utf-8"))
+
+
+def test_what_is_cut_off_is_shown(tmp_path):
+    """128x64 covers the bucket 64x64 as it is: a quarter goes on each side."""
+    records = write_images(tmp_path / "images", sizes=[(128, 64)])
+    subset = make_subset(tmp_path / "images")
+    spec = make_spec(subset, buckets=BucketRules(enable_bucket=True, min_bucket_reso=64, max_bucket_reso=64))
+    written, page = show(tmp_path, records, spec)
+    assert "128x64, not resized cropped at 32, 0: 50.0% cut off" in page.text
+    assert len(page.sources) == 2
+    whole = Image.open(io.BytesIO(base64.b64decode(page.sources[1].split(",")[1])))
+    assert whole.size == (128, 64)
+    assert "left: 25.0%; top: 0.0%; width: 50.0%; height: 100.0%" in written.page.read_text(encoding="utf-8")
+
+
+def test_a_caption_that_was_changed_is_shown_as_written_too(tmp_path):
+    records = write_images(tmp_path / "images", sizes=[(64, 64)])
+    records = [replace(records[0], caption="one, two")]
+    changed = replace(make_subset(tmp_path / "images"), captions=CaptionRules(caption_prefix="a photo of"))
+    _, page = show(tmp_path, records, make_spec(changed))
+    assert "the caption as writtenone, two" in page.text
+    _, page = show(tmp_path, records, make_spec(make_subset(tmp_path / "images")))
+    assert "as written" not in page.text
+
+
+def test_a_caption_that_is_left_out_is_not_called_missing(tmp_path):
+    records = write_images(tmp_path / "images", sizes=[(64, 64)])
+    dropped = replace(make_subset(tmp_path / "images"), captions=CaptionRules(caption_dropout_rate=1.0))
+    _, page = show(tmp_path, [replace(records[0], caption="one, two")], make_spec(dropped))
+    assert "the caption is left out this time" in page.text
+    _, page = show(tmp_path, [replace(records[0], caption="")], make_spec(dropped))
+    assert "no caption" in page.text
+
+
+def test_regularisation_is_marked(tmp_path):
+    records = write_images(tmp_path / "images", sizes=[(64, 64)] * 2)
+    records = [records[0], replace(records[1], is_reg=True)]
+    _, page = show(tmp_path, records, make_spec(make_subset(tmp_path / "images")))
+    assert "1 to train on, 1 of regularisation" in page.text
+    assert page.text.count("regularisation") == 2
+
+
+def test_labels_of_sheets_have_only_letters_of_the_font():
+    assert preview._label("naïve café") == "naive cafe"
+    assert preview._label("日本") == "??"
+    assert preview._label("one\ntwo") == "one two"
+    assert len(preview._label("x" * 99)) == 32
 
 
 def test_a_large_epoch_is_cut_and_says_so(tmp_path, monkeypatch):
@@ -182,17 +241,9 @@ def test_what_a_mask_leaves_out_is_darkened(tmp_path):
     half = Image.new("L", (64, 64))
     half.paste(255, (0, 0, 32, 64))
     half.save(tmp_path / "mask.png")
-    data = prepare_data(make_spec(make_subset(tmp_path / "images")), [replace(records[0], mask=tmp_path / "mask.png")])
-    written = write_preview(
-        tmp_path / "out",
-        data,
-        data.plan(7, accumulation=1, world=1),
-        tokens_of=CaptionTokens(limit=75),
-        seed=7,
-        total_steps=1,
-    )
-    page = Page(written.page.read_text(encoding="utf-8"))
+    records = [replace(records[0], mask=tmp_path / "mask.png")]
+    _, page = show(tmp_path, records, make_spec(make_subset(tmp_path / "images")))
     shown = Image.open(io.BytesIO(base64.b64decode(page.sources[0].split(",")[1]))).convert("L")
     assert shown.getpixel((8, 32)) > 250
     assert shown.getpixel((56, 32)) < 80
-    assert "the mask weighs 50% of it" in page.text
+    assert "the mask keeps 50%" in page.text

@@ -5,6 +5,7 @@ import json
 import os
 import subprocess
 import sys
+from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
 
@@ -13,7 +14,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from PIL import Image, features
 
-from library.data.caption_files import UnreadableCaptionError, read_caption
+from library.data.caption_files import UnreadableCaptionError, read_text
 from library.data.image_headers import UnreadableImageError, displayed_size
 from library.data.records import balance_regularisation, scan
 from library.data.spec import BucketRules, CaptionRules, DatasetSpec, DataSpec, SubsetSpec
@@ -119,7 +120,7 @@ def test_another_encoding_is_named_with_its_place(tmp_path, content, said):
     path = tmp_path / "a.txt"
     path.write_bytes(content)
     with pytest.raises(UnreadableCaptionError) as caught:
-        read_caption(path, all_lines=False)
+        read_text(path)
     assert said in str(caught.value)
 
 
@@ -192,16 +193,20 @@ def test_records_are_sorted_and_complete(tmp_path):
 
 
 def test_the_order_does_not_depend_on_the_file_system(tmp_path, monkeypatch):
-    import os
-
-    names = [f"{letter}.png" for letter in "cabfed"]
-    make_images(tmp_path, names)
+    make_images(tmp_path, [f"{letter}.png" for letter in "cabfed"])
     spec = spec_of(subset_of(tmp_path, class_tokens="x"))
-    listdir = os.listdir
+    scandir = os.scandir
     found = []
-    for order in (sorted, lambda names: sorted(names, reverse=True)):
-        monkeypatch.setattr(os, "listdir", lambda folder, order=order: order(listdir(folder)))
+    for is_reversed in (False, True):
+
+        @contextmanager
+        def listed(folder, is_reversed=is_reversed):
+            with scandir(folder) as entries:
+                yield iter(sorted(entries, key=lambda entry: entry.name, reverse=is_reversed))
+
+        monkeypatch.setattr(os, "scandir", listed)
         found.append(scan(spec)[0])
+    assert len(found[0]) == 6
     assert found[0] == found[1]
 
 
