@@ -88,7 +88,8 @@ class Environment:
         if has_nvidia_gpu():
             self._install("requirements-cuda.txt")
         if for_tests:
-            self._install("requirements-dev.txt")
+            for name in ("requirements-optim.txt", "requirements-tagger.txt", "requirements-dev.txt"):
+                self._install(name)
 
     def _create(self) -> None:
         if self._under_way.exists():
@@ -298,7 +299,8 @@ def test(environment: Environment, pytest_arguments: list[str]) -> int:
         ("ruff check", ["ruff", "check", "."]),
         ("ruff format", ["ruff", "format", "--check", "."]),
         ("mypy", ["mypy"]),
-        ("pytest", ["pytest", *pytest_arguments]),
+        # A file's tests share models, so they stay together.
+        ("pytest", ["pytest", "-n", "logical", "--maxprocesses", "4", "--dist", "loadfile", *pytest_arguments]),
     ):
         print(f"--- {title}", flush=True)
         code = run([python, "-m", *command], environment.root)

@@ -6,6 +6,7 @@ Usage: ``accelerate launch train_network.py --dataset_config x.toml --network_mo
 
 import logging
 from dataclasses import dataclass
+from functools import partial
 from typing import TYPE_CHECKING
 
 from library.data.options import (
@@ -21,17 +22,26 @@ from library.diffusion.options import LossOptions, NoiseOptions
 from library.errors import Problem, run_script
 from library.inputs import check_inputs
 from library.models.options import AttentionOptions, ModelOptions, PromptOptions
-from library.option_relations import model_notices, prediction_problems
+from library.option_relations import (
+    cached_text_notices,
+    fp8_network_problems,
+    fused_problems,
+    model_notices,
+    prediction_problems,
+    snr_problems,
+)
 from library.options import parse_options
 from library.runtime import set_up_logging, start_runtime
 from library.runtime_options import ConsoleOptions, DeepSpeedOptions, RuntimeOptions
 from library.training.options import (
+    EmaOptions,
     HubOptions,
     LengthOptions,
     LoggingOptions,
     MetadataOptions,
     OptimizerOptions,
     PreviewOptions,
+    RecordOptions,
     ResumeOptions,
     SaveOptions,
     SchedulerOptions,
@@ -66,9 +76,11 @@ class Options:
     loss: LossOptions
     runtime: RuntimeOptions
     attention: AttentionOptions
+    ema: EmaOptions
     save: SaveOptions
     resume: ResumeOptions
     metadata: MetadataOptions
+    record: RecordOptions
     preview: PreviewOptions
     logging: LoggingOptions
     console: ConsoleOptions
@@ -78,11 +90,20 @@ class Options:
 
     def problems(self) -> list[Problem]:
         """What the groups make wrong together."""
-        return prediction_problems(self.model, self.loss)
+        return [
+            *prediction_problems(self.model, self.loss),
+            *fused_problems(self.optimizer, self.length, self.runtime),
+            *snr_problems(self.noise, self.loss),
+            *fp8_network_problems(self.runtime, self.network.network_module),
+        ]
 
     def notices(self) -> list[str]:
         """What is worth knowing about the groups together."""
-        return model_notices(self.model, self.prompts, self.noise)
+        trains_text = not self.network.network_train_unet_only
+        return [
+            *model_notices(self.model, self.prompts, self.noise),
+            *cached_text_notices(self.cache, trains_text=trains_text),
+        ]
 
 
 def main(argv: list[str]) -> int:
@@ -100,7 +121,7 @@ def main(argv: list[str]) -> int:
     inspected = inspect_data(options)
     if inspected is not None:
         return inspected
-    inputs = check_inputs(options, more=check_network(options.network))
+    inputs = check_inputs(options, more=check_network(options.network), captions_once=caches_text(options))
     if options.check.dry_run:
         values = trained_values(options.network, options.model)
         return dry_run(options, inputs, suffix=f".{options.network.save_model_as}", trained_values=values)
@@ -109,27 +130,35 @@ def main(argv: list[str]) -> int:
 
 def train(options: Options, inputs: "Inputs") -> int:
     """Train a network; everything heavy is imported from here on."""
-    from library.conditioning import ClipConditioning
+    from library.cached_conditioning import text_conditioning
     from library.data.setup import prepare_data
     from library.models.attention import use_attention
+    from library.models.fp8 import narrow_base
     from library.models.stable_diffusion import load_stable_diffusion
     from library.run import train as run
     from library.task import DenoisingTask
+    from library.training.rates import try_rates
     from networks.loading import build_network, network_arguments
     from networks.training import NetworkTraining
 
     runtime = start_runtime(options.runtime, find_unused_parameters=may_leave_unused(options))
+    try_rates(options, runtime.device)
     data = prepare_data(inputs.spec, inputs.records)
 
-    # The base model: frozen, in the precision of the run.
+    # The base model: frozen, in the precision of the run, or narrower.
     model = load_stable_diffusion(options.model, options.prompts, dtype=runtime.weight_dtype)
     use_attention(model.unet, model.vae, options.attention)
 
     # The network: its own weights stay in fp32.
-    network = build_network(options.network, model=model, seed=runtime.seed)
+    network = build_network(
+        options.network,
+        model=model,
+        seed=runtime.seed,
+        settle=partial(narrow_base, options=options.runtime, dtype=runtime.weight_dtype),
+    )
     task = DenoisingTask.of(
         model,
-        ClipConditioning.of(model, options.prompts),
+        text_conditioning(model, options.prompts, data, runtime, cached=caches_text(options)),
         runtime,
         noise=options.noise,
         loss=options.loss,
@@ -142,6 +171,7 @@ def train(options: Options, inputs: "Inputs") -> int:
         learning_rate=options.optimizer.learning_rate,
         gradient_checkpointing=options.runtime.gradient_checkpointing,
         save_precision=options.save.save_precision,
+        offload_checkpoints=options.runtime.cpu_offload_checkpointing,
     )
     return run(
         method,
@@ -152,8 +182,14 @@ def train(options: Options, inputs: "Inputs") -> int:
         kind="lora",
         suffix=f".{options.network.save_model_as}",
         tracker_name="network_train",
+        record=options.record,
         network_args=network_arguments(options.network),
     )
+
+
+def caches_text(options: Options) -> bool:
+    """Whether captions are encoded once, before training."""
+    return options.cache.cache_text_encoder_outputs and options.network.network_train_unet_only
 
 
 def may_leave_unused(options: Options) -> bool:

@@ -8,9 +8,12 @@ import hashlib
 import json
 import os
 import pickle
+import re
+import shutil
 import struct
 import uuid
-from collections.abc import Iterator, Mapping
+import zipfile
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -24,7 +27,15 @@ if TYPE_CHECKING:
 
 TORCH_SUFFIXES: Final = (".ckpt", ".pt", ".bin", ".pth")
 _TEMPORARY_MARK: Final = ".writing-"
+_REPLACED_MARK: Final = ".replaced-"
 _HASH_CHUNK: Final = 1 << 20
+_LONGEST_NAME: Final = 255
+"""Bytes of a file name, on every usual system."""
+_SAFETENSORS_DTYPES: Final = {
+    "bool": "BOOL", "uint8": "U8", "int8": "I8", "uint16": "U16", "int16": "I16", "uint32": "U32", "int32": "I32",
+    "uint64": "U64", "int64": "I64", "float8_e4m3fn": "F8_E4M3", "float8_e5m2": "F8_E5M2", "float16": "F16",
+    "bfloat16": "BF16", "float32": "F32", "float64": "F64", "complex64": "C64",
+}  # fmt: skip
 
 
 @dataclass(frozen=True)
@@ -36,11 +47,16 @@ class TensorFile:
     extra: dict[str, Any] = field(default_factory=dict)
 
 
-def read_tensors(path: Path) -> TensorFile:
+def read_tensors(path: Path, *, mapped: bool = False) -> TensorFile:
     """Read a ``.safetensors`` file, or a torch file (any other suffix), to the CPU.
 
     A torch file may be a dict of tensors or hold one under ``state_dict``; other top-level values are returned in
     ``extra``.
+
+    Args:
+        path: The file.
+        mapped: Map the tensors of a torch file into memory, so that only those in use are read; those of a
+            ``.safetensors`` file always are. Files from before PyTorch 1.6 are read whole.
 
     Raises:
         UserError: The file is missing, damaged, no tensor file, or a pickle that asks for more than tensors.
@@ -49,7 +65,7 @@ def read_tensors(path: Path) -> TensorFile:
         raise UserError(f"file not found: {path.name}", where=str(path), remedy="Check the path.")
     if path.suffix.lower() == ".safetensors":
         return _read_safetensors(path)
-    return _read_torch(path)
+    return _read_torch(path, mapped=mapped and zipfile.is_zipfile(path))
 
 
 def _read_safetensors(path: Path) -> TensorFile:
@@ -66,7 +82,7 @@ def _read_safetensors(path: Path) -> TensorFile:
         ) from error
 
 
-def _read_torch(path: Path) -> TensorFile:
+def _read_torch(path: Path, *, mapped: bool) -> TensorFile:
     import torch
 
     try:
@@ -74,7 +90,7 @@ def _read_torch(path: Path) -> TensorFile:
         with torch.serialization.safe_globals(
             [(_Ignored, "pytorch_lightning.callbacks.model_checkpoint.ModelCheckpoint")]
         ):
-            content = torch.load(str(path), map_location="cpu", weights_only=True)
+            content = torch.load(str(path), map_location="cpu", weights_only=True, mmap=mapped)
     except pickle.UnpicklingError as error:
         raise UserError(
             "the file holds Python objects besides tensors, and loading them could run code",
@@ -144,7 +160,7 @@ def written_whole(path: Path) -> Iterator[Path]:
     Raises:
         UserError: The folder cannot be written to or the disk is full; ``path`` keeps what it had.
     """
-    temporary = path.with_name(f"{_TEMPORARY_MARK}{uuid.uuid4().hex[:8]}-{path.name}")
+    temporary = _temporary_beside(path)
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         yield temporary
@@ -155,19 +171,92 @@ def written_whole(path: Path) -> Iterator[Path]:
         _put_in_place(temporary, path)
         sync_folder(path.parent)
     except OSError as error:
-        raise UserError(
-            f"cannot write {path.name}: {error.strerror or error}",
-            where=str(path.parent),
-            remedy="Free space on the disk or choose another folder; earlier files are untouched.",
-        ) from error
+        raise _unwritable(path, error) from error
     finally:
         with suppress(OSError):
             temporary.unlink()
 
 
+def _temporary_beside(path: Path) -> Path:
+    """A free name in the folder of ``path`` that ends as its own does, without the start of a very long one."""
+    lead, rest = f"{_TEMPORARY_MARK}{uuid.uuid4().hex[:8]}-", path.name
+    while len(os.fsencode(lead + rest)) > _LONGEST_NAME:
+        rest = rest[1:]
+    return path.with_name(lead + rest)
+
+
+@contextmanager
+def folder_written_whole(folder: Path, *, may_replace: Callable[[Path], bool]) -> Iterator[Path]:
+    """Give a temporary folder beside ``folder``; when the block succeeds, it gets the name of ``folder``.
+
+    Args:
+        folder: Final name.
+        may_replace: Whether what has that name may go; it goes after the new folder is complete. Otherwise the new
+            folder is kept under a free name, and the error says which.
+
+    Raises:
+        UserError: The place cannot be written to, or the name is taken; ``folder`` keeps what it had.
+    """
+    _recover(folder)
+    temporary = folder.with_name(f"{_TEMPORARY_MARK}{uuid.uuid4().hex[:8]}-{folder.name}")
+    try:
+        temporary.mkdir(parents=True)
+        yield temporary
+        sync_folder(temporary)
+        _put_folder_in_place(temporary, folder, may_replace)
+        sync_folder(folder.parent)
+    except OSError as error:
+        raise _unwritable(folder, error) from error
+    finally:
+        shutil.rmtree(temporary, ignore_errors=True)
+
+
+def _recover(folder: Path) -> None:
+    """Mend what a killed process left: a replacement cut off between its two renames or after, a folder half made."""
+    replaced = folder.with_name(_REPLACED_MARK + folder.name)
+    if replaced.is_dir() and not folder.exists():
+        os.replace(replaced, folder)
+    shutil.rmtree(replaced, ignore_errors=True)
+    half_made = re.compile(re.escape(_TEMPORARY_MARK) + "[0-9a-f]{8}-" + re.escape(folder.name))
+    for entry in folder.parent.iterdir() if folder.parent.is_dir() else ():
+        if half_made.fullmatch(entry.name) and entry.is_dir():
+            shutil.rmtree(entry, ignore_errors=True)
+
+
+def _put_folder_in_place(temporary: Path, folder: Path, may_replace: Callable[[Path], bool]) -> None:
+    replaced = folder.with_name(_REPLACED_MARK + folder.name)
+    reason = "is something else, and is not replaced" if folder.exists() and not may_replace(folder) else ""
+    if not reason:
+        try:
+            if folder.exists():
+                os.replace(folder, replaced)
+            os.replace(temporary, folder)
+        except PermissionError:
+            reason = "is held by another program"
+            if replaced.exists() and not folder.exists():
+                os.replace(replaced, folder)
+    if reason:
+        kept = folder.with_name(f"{folder.name}-{uuid.uuid4().hex[:6]}")
+        os.replace(temporary, kept)
+        raise UserError(
+            f"{folder.name} {reason}; the new content is in {kept.name}",
+            where=str(folder.parent),
+            remedy="Move what has the name out of the way, then rename the new folder.",
+        )
+    shutil.rmtree(replaced, ignore_errors=True)
+
+
+def _unwritable(path: Path, error: OSError) -> UserError:
+    return UserError(
+        f"cannot write {path.name}: {error.strerror or error}",
+        where=str(path.parent),
+        remedy="Free space on the disk or choose another folder; earlier files are untouched.",
+    )
+
+
 def is_temporary(name: str) -> bool:
     """Whether ``name`` is that of a file in the making, which stays behind only where its process was killed."""
-    return name.startswith(_TEMPORARY_MARK)
+    return name.startswith((_TEMPORARY_MARK, _REPLACED_MARK))
 
 
 def _put_in_place(temporary: Path, path: Path) -> None:
@@ -178,13 +267,14 @@ def _put_in_place(temporary: Path, path: Path) -> None:
     """
     try:
         os.replace(temporary, path)
-    except PermissionError as error:
+    except (PermissionError, IsADirectoryError) as error:
         kept = path.with_name(f"{path.stem}-{uuid.uuid4().hex[:6]}{path.suffix}")
         os.replace(temporary, kept)
+        reason = "is a folder" if path.is_dir() else "is held by another program"
         raise UserError(
-            f"{path.name} is held by another program; the new content is in {kept.name}",
+            f"{path.name} {reason}; the new content is in {kept.name}",
             where=str(path.parent),
-            remedy="Close the program that has the file open, then rename the new one.",
+            remedy="Move the folder, or close the program that has the file open; then rename the new one.",
         ) from error
 
 
@@ -226,15 +316,20 @@ def write_tensors(
     path: Path,
     tensors: "Mapping[str, Tensor]",
     *,
+    kept: "Mapping[str, Tensor] | None" = None,
     metadata: Mapping[str, str] | None = None,
     dtype: "torch.dtype | None" = None,
     extra: Mapping[str, object] | None = None,
 ) -> None:
     """Write ``tensors`` to ``path``; the suffix chooses the format (``.safetensors``, otherwise a torch file).
 
+    A ``.safetensors`` file is written tensor by tensor, so casting takes the memory of one tensor; a torch file takes
+    that of all tensors that are cast or on another device.
+
     Args:
         path: Final name.
         tensors: Tensors by name, on any device.
+        kept: Further tensors, written as they are, whatever they hold.
         metadata: Text for the safetensors header; a torch file has no place for it.
         dtype: Cast floating point tensors to this dtype; as they are when absent.
         extra: Values stored beside the tensors, under ``state_dict`` then (torch files only).
@@ -242,43 +337,83 @@ def write_tensors(
     Raises:
         UserError: A tensor is not finite (the file is not written), or the folder cannot be written to.
     """
-    import torch
-
-    ready = {name: _ready_to_save(name, tensor, dtype, path) for name, tensor in tensors.items()}
+    check_finite(tensors, dtype, path)
+    dtypes = {name: dtype if dtype and tensor.is_floating_point() else tensor.dtype for name, tensor in tensors.items()}
+    dtypes |= {name: tensor.dtype for name, tensor in (kept or {}).items()}
+    everything = {**tensors, **(kept or {})}
     with written_whole(path) as temporary:
         if path.suffix.lower() == ".safetensors":
-            from safetensors.torch import save_file
-
-            save_file(ready, str(temporary), metadata=dict(metadata or {}) or None)
-            _sort_header(temporary)
+            _write_safetensors(temporary, everything, dtypes, metadata or {})
         else:
-            torch.save({"state_dict": ready, **extra} if extra is not None else ready, str(temporary))
+            import torch
+
+            ready = {name: _alone(tensor.detach().to("cpu", dtypes[name])) for name, tensor in everything.items()}
+            # Given a name, the library would put it into the file.
+            with temporary.open("wb") as file:
+                torch.save({"state_dict": ready, **extra} if extra is not None else ready, file)
+        _check_whole(temporary)
 
 
-def _sort_header(path: Path) -> None:
-    """Put the metadata of a safetensors file in order: the library writes it in another one every time."""
-    with path.open("rb+") as file:
-        (length,) = struct.unpack("<Q", file.read(8))
-        header = json.loads(file.read(length))
-        if metadata := header.pop("__metadata__", None):
-            header = {"__metadata__": dict(sorted(metadata.items())), **header}
-        content = json.dumps(header, ensure_ascii=False, separators=(",", ":")).encode()
-        assert len(content) <= length, "the same content is not longer"
-        file.seek(8)
-        file.write(content.ljust(length))
+def check_finite(tensors: "Mapping[str, Tensor]", dtype: "torch.dtype | None", path: Path) -> None:
+    """Refuse weights that are not finite in ``dtype`` (as they are when absent).
 
-
-def _ready_to_save(name: str, tensor: "Tensor", dtype: "torch.dtype | None", path: Path) -> "Tensor":
+    Raises:
+        UserError: One is not; ``path`` is where it was to be written.
+    """
     import torch
 
-    tensor = tensor.detach().to("cpu", dtype=dtype if tensor.is_floating_point() else None).contiguous()
-    if tensor.is_floating_point() and not bool(torch.isfinite(tensor).all()):
-        raise UserError(
-            f"refusing to save: {name} holds values that are not finite",
-            where=str(path),
-            remedy="Lower the learning rate, or use bf16 or fp32 instead of fp16; the previous file is kept.",
-        )
-    # A view would drag its whole storage into the file.
+    for name, tensor in tensors.items():
+        if tensor.is_floating_point() and not bool(torch.isfinite(tensor.detach().to(dtype or tensor.dtype)).all()):
+            raise UserError(
+                f"refusing to save: {name} holds values that are not finite",
+                where=str(path),
+                remedy="Lower the learning rate, or use bf16 or fp32 instead of fp16; the previous file is kept.",
+            )
+
+
+def _write_safetensors(
+    path: Path, tensors: "Mapping[str, Tensor]", dtypes: "Mapping[str, torch.dtype]", metadata: Mapping[str, str]
+) -> None:
+    """Header, then the bytes of one tensor after the other: widest numbers first, so that all are aligned.
+
+    The same content gives the same bytes, which the library's own writer doesn't promise for metadata.
+    """
+    import torch
+
+    header: dict[str, Any] = {"__metadata__": dict(sorted(metadata.items()))} if metadata else {}
+    names = sorted(tensors, key=lambda name: (-dtypes[name].itemsize, name))
+    end = 0
+    for name in names:
+        start, end = end, end + tensors[name].numel() * dtypes[name].itemsize
+        kind = _SAFETENSORS_DTYPES[str(dtypes[name]).removeprefix("torch.")]
+        header[name] = {"dtype": kind, "shape": list(tensors[name].shape), "data_offsets": [start, end]}
+    content = json.dumps(header, ensure_ascii=False, separators=(",", ":")).encode()
+    content = content.ljust(-(-len(content) // 8) * 8)
+    with path.open("wb") as file:
+        file.write(struct.pack("<Q", len(content)) + content)
+        for name in names:
+            tensor = tensors[name].detach().to("cpu", dtypes[name]).contiguous()
+            file.write(tensor.reshape(-1).view(torch.uint8).numpy().data)
+
+
+def _check_whole(path: Path) -> None:
+    """Look at a finished tensor file once more: an ``OSError`` for one that does not have the length it says."""
+    if path.suffix.lower() != ".safetensors":
+        # The directory of an archive is its end.
+        if not zipfile.is_zipfile(path):
+            raise OSError("the file is not whole after writing")
+        return
+    with path.open("rb") as file:
+        (length,) = struct.unpack("<Q", file.read(8))
+    tensors = (facts for name, facts in read_header(path).items() if name != "__metadata__")
+    end = max((facts["data_offsets"][1] for facts in tensors), default=0)
+    if path.stat().st_size != 8 + length + end:
+        raise OSError("the file is not whole after writing")
+
+
+def _alone(tensor: "Tensor") -> "Tensor":
+    """``tensor`` in a storage of its own: a view would drag its whole storage into the file."""
+    tensor = tensor.contiguous()
     return tensor.clone() if tensor.untyped_storage().nbytes() != tensor.nbytes else tensor
 
 

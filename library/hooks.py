@@ -1,66 +1,133 @@
-"""What follows a training step: log, models, states and previews, as the options ask for them."""
+"""What follows a training step: average, log, validation, models, states and previews, as the options ask for them."""
 
 import logging
 from collections.abc import Callable
+from contextlib import nullcontext
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from library.inputs import InputOptions, Inputs
+from library.inputs import Inputs
 from library.options import flat_values
 from library.resuming import Progress
+from library.start_screen import ScreenOptions
 from library.task import DenoisingTask, evaluating
+from library.training.best import BestModel
+from library.training.ema import WeightAverage
+from library.training.history import RunHistory
+from library.training.hub import uploads_to_hub
 from library.training.method import Hook, TrainingMethod
 from library.training.naming import OutputNames, SavePlan, SavePoint
+from library.training.optimizers import ResultWeights
 from library.training.previews import Previews
 from library.training.progress import RunLength
 from library.training.prompt_files import PreviewPrompt
 from library.training.saving import ModelSaver, StateSaver
+from library.training.speed import Speed
 from library.training.tracking import Tracker
+from library.validation import ValidationHook, Validator
 
 if TYPE_CHECKING:
     from PIL.Image import Image
 
 log = logging.getLogger(__name__)
 
+Describe = Callable[[int, int], dict[str, str]]
+"""Finished steps and epochs -> metadata of a file saved then."""
+
 
 class Hooks:
-    """What happens after a step, in order: log, model, state, previews."""
+    """What happens after a step, in order: average, log, validation, models, state, previews.
+
+    Args:
+        options: The script's options.
+        inputs: The checked inputs.
+        method: What is trained.
+        task: Its previews.
+        length: Length of the run.
+        progress: What states keep.
+        describe: Gives the metadata of results.
+        suffix: Suffix of results.
+        tracker_name: Name of the log where the options give none.
+        images_of: Number of images of a step, from 0, over all processes.
+        start_step: Steps that an earlier part of the run has done.
+        history: Takes in all that is logged, for the report.
+        average: The average of the weights, if one is kept.
+        validator: Measures held-out images, if there are any.
+        result_weights: Puts those weights in place that the optimizer means as its result.
+    """
 
     def __init__(
         self,
-        options: InputOptions,
+        options: ScreenOptions,
         inputs: Inputs,
         method: TrainingMethod,
         task: DenoisingTask,
         length: RunLength,
         progress: Progress,
-        describe: Callable[[int, int], dict[str, str]],
+        describe: Describe,
         *,
         suffix: str,
         tracker_name: str,
+        images_of: Callable[[int], int],
+        start_step: int = 0,
+        history: RunHistory | None = None,
+        average: WeightAverage | None = None,
+        validator: Validator | None = None,
+        result_weights: ResultWeights = nullcontext,
     ) -> None:
-        def save(path: Path, step: int, epoch: int) -> None:
-            method.save(path, describe(step, epoch), step=step, epoch=epoch)
-
         def generate(prompt: PreviewPrompt) -> "Image":
-            with evaluating(method.module):
+            shown = average.applied if average is not None and options.ema.ema_previews else result_weights
+            with shown(), evaluating(method.module):
                 return task.generate(prompt)
 
         runtime = task.runtime
         saving = options.save
         assert saving.output_dir is not None, "checked with the inputs"
         names = OutputNames(folder=saving.output_dir, name=saving.output_name, suffix=suffix)
+        plan = SavePlan.for_models(saving, length.epochs)
+        best = BestModel(names.folder, names.name, continued=start_step > 0) if validator is not None else None
         self._keeps_states = saving.save_state or saving.save_state_on_train_end
+        self._average = average
+        self.speed = Speed(images_of)
         self.tracker = Tracker(
-            options.logging, tracker_name=tracker_name, config=flat_values(options), is_main=runtime.is_main
+            options.logging,
+            tracker_name=tracker_name,
+            config=flat_values(options),
+            is_main=runtime.is_main,
+            more=[] if history is None else [history],
+            speed=self.speed,
         )
-        self.models = ModelSaver(SavePlan.for_models(saving, length.epochs), names, save, is_main=runtime.is_main)
+        self.validation: ValidationHook | None = None
+        if validator is not None and best is not None:
+            self.validation = ValidationHook(
+                options.validation,
+                plan,
+                lambda: validator.measure(method.module),
+                average=average,
+                tracker=self.tracker,
+                best=best,
+                result_weights=result_weights,
+            )
+        self.uploads = uploads_to_hub(options.hub, is_main=runtime.is_main)
+        self.models = [
+            ModelSaver(
+                plan,
+                names if weights == "model" else names.of_average(),
+                _save(method, describe, average if weights == "ema" else None, result_weights),
+                is_main=runtime.is_main,
+                best=best,
+                weights=weights,
+                uploads=self.uploads,
+            )
+            for weights in options.ema.saved
+        ]
         self.states = StateSaver(
             SavePlan.for_states(saving, length.epochs),
             names,
             progress.capture,
             every_time=saving.save_state,
             is_main=runtime.is_main,
+            uploads=self.uploads if options.hub.save_state_to_huggingface else None,
         )
         self.previews = Previews(
             options.preview,
@@ -70,28 +137,53 @@ class Hooks:
             output_name=saving.output_name,
             seed=runtime.seed,
             is_main=runtime.is_main,
+            show=self.tracker.add_image,
+            continued_at=start_step,
         )
 
     @property
     def in_order(self) -> list[Hook]:
         """The hooks as the loop calls them."""
+        averages: list[Hook] = [self._average] if self._average is not None else []
+        validations: list[Hook] = [self.validation] if self.validation is not None else []
         states: list[Hook] = [self.states] if self._keeps_states else []
-        return [self.tracker, self.models, *states, self.previews]
+        return [*averages, self.tracker, *validations, *self.models, *states, self.previews, self.speed.start]
 
     def save_interrupted(self, step: int, length: RunLength) -> None:
         """Save the model, and the state if states are asked for, where the run was stopped."""
         point = SavePoint(kind="step", number=step)
-        self.models.save(point, step=step, epoch=step // length.steps_per_epoch)
+        for saver in self.models:
+            saver.save(point, step=step, epoch=step // length.steps_per_epoch)
         if self._keeps_states:
             self.states.save(point, step=step, epoch=length.epoch_of(step - 1))
 
-    def say_what_was_written(self) -> None:
-        """Name the results."""
-        for what, path in (
-            ("model", self.models.last_saved),
+    @property
+    def written(self) -> list[tuple[str, Path]]:
+        """The latest results, with what they are."""
+        found = (
+            *(("model", saver.last_saved) for saver in self.models),
             ("state", self.states.last_saved),
             ("previews", self.previews.written[-1].parent if self.previews.written else None),
             ("log", self.tracker.folder),
-        ):
-            if path is not None:
-                log.info("%s: %s", what, path)
+        )
+        return [(what, path) for what, path in found if path is not None]
+
+    def say_what_was_written(self) -> None:
+        """Name the results."""
+        for what, path in self.written:
+            log.info("%s: %s", what, path)
+
+
+def _save(
+    method: TrainingMethod, describe: Describe, average: WeightAverage | None, result_weights: ResultWeights
+) -> Callable[[Path, int, int], None]:
+    """Writes the weights, or their average where it is given."""
+
+    def save(path: Path, step: int, epoch: int) -> None:
+        metadata = describe(step, epoch)
+        if average is not None and "ss_steps" in metadata:
+            metadata = {**metadata, "ss_ema_decay": str(average.decay)}
+        with average.applied() if average is not None else result_weights():
+            method.save(path, metadata, step=step, epoch=epoch)
+
+    return save

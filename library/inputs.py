@@ -4,26 +4,38 @@ What is wrong with the model, the data set, the prompts, the optimizer and the o
 """
 
 import logging
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Protocol, TypeVar
 
+from library.data.cache_conflicts import check_latents_alone
 from library.data.config import read_spec
-from library.data.findings import Finding, warnings_of
+from library.data.findings import Finding, warning, warnings_of
+from library.data.fixed_captions import changing_captions
 from library.data.lint import lint
-from library.data.options import CacheOptions, CaptionOptions, CheckOptions, ImageOptions, SourceOptions
+from library.data.options import (
+    CacheOptions,
+    CaptionOptions,
+    CheckOptions,
+    ImageOptions,
+    SourceOptions,
+    ValidationOptions,
+)
 from library.data.records import ImageRecord, scan
 from library.data.spec import DataSpec
+from library.data.support import NETWORK, DataSupport
+from library.data.validation import HeldOut, Split, hold_out
 from library.diffusion.samplers import check_sampler
 from library.errors import Problem, UserError, raise_if_any
 from library.models.caption_tokens import CaptionTokens
 from library.models.detect import check_model_source
 from library.models.options import ModelOptions, PromptOptions
-from library.training.lr_schedulers import check_lr_scheduler
+from library.training.hub import HubState, check_access, check_hub, fetch_state
 from library.training.metadata import check_metadata
 from library.training.naming import check_saving
-from library.training.optimizers import check_optimizer
 from library.training.options import (
+    HubOptions,
     LoggingOptions,
     MetadataOptions,
     OptimizerOptions,
@@ -33,6 +45,7 @@ from library.training.options import (
     SchedulerOptions,
 )
 from library.training.prompt_files import PreviewPrompt, load_prompts
+from library.training.rates import check_rates, rate_notices
 from library.training.states import check_state
 from library.training.tracking import check_logging
 
@@ -41,8 +54,8 @@ log = logging.getLogger(__name__)
 T = TypeVar("T")
 
 
-class InputOptions(Protocol):
-    """The groups of a script's options that name inputs."""
+class DataOptions(Protocol):
+    """The groups of a script's options that say what is trained on."""
 
     @property
     def model(self) -> ModelOptions: ...  # noqa: D102
@@ -58,6 +71,13 @@ class InputOptions(Protocol):
     def captions(self) -> CaptionOptions: ...  # noqa: D102
     @property
     def cache(self) -> CacheOptions: ...  # noqa: D102
+
+
+class InputOptions(DataOptions, Protocol):
+    """The groups of a script's options that name inputs."""
+
+    @property
+    def validation(self) -> ValidationOptions: ...  # noqa: D102
     @property
     def optimizer(self) -> OptimizerOptions: ...  # noqa: D102
     @property
@@ -72,6 +92,8 @@ class InputOptions(Protocol):
     def logging(self) -> LoggingOptions: ...  # noqa: D102
     @property
     def preview(self) -> PreviewOptions: ...  # noqa: D102
+    @property
+    def hub(self) -> HubOptions: ...  # noqa: D102
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -82,11 +104,15 @@ class Inputs:
         spec: The data sets.
         records: Their images.
         prompts: The preview prompts; empty when no previews are made.
+        held_out: Images to validate on, which are not among the records; None without any.
+        state: The state to continue from, in a local folder; None for a new run.
     """
 
     spec: DataSpec
     records: tuple[ImageRecord, ...]
     prompts: tuple[PreviewPrompt, ...]
+    held_out: HeldOut | None = None
+    state: Path | None = None
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -104,12 +130,16 @@ class DataCheck:
     findings: tuple[Finding, ...]
 
 
-def check_inputs(options: InputOptions, *, more: Sequence[Problem] = ()) -> Inputs:
+def check_inputs(
+    options: InputOptions, *, more: Sequence[Problem] = (), support: DataSupport = NETWORK, captions_once: bool = False
+) -> Inputs:
     """Read and check everything but the weights; warnings go to the log.
 
     Args:
         options: The script's options.
         more: Problems that the script itself has found.
+        captions_once: Captions are encoded before training, so they must not change.
+        support: What data sets the script can use.
 
     Raises:
         UserError: With every problem found.
@@ -117,20 +147,49 @@ def check_inputs(options: InputOptions, *, more: Sequence[Problem] = ()) -> Inpu
     problems = list(more)
     source = check_model_source(options.model, options.prompts)
     problems += source.problems
-    problems += check_optimizer(options.optimizer)
-    problems += check_lr_scheduler(options.scheduler)
+    problems += check_rates(options)
     problems += check_saving(options.save)
     problems += check_metadata(options.metadata)
     problems += check_logging(options.logging)
-    if options.resume.resume is not None:
+    hub_problems, hub_notices = check_hub(options.hub, options.resume, options.save)
+    problems += hub_problems
+    if options.resume.resume is not None and not options.hub.resume_from_huggingface:
         problems += check_state(options.resume.resume)
     prompts = _collected(lambda: _prompts(options.preview), problems) or ()
-    read = _collected(lambda: read_data(options), problems)
+    read = _collected(lambda: read_data(options, support=support), problems)
+    if read is not None and captions_once:
+        problems += changing_captions(read[0])
+    split = None if read is None else _collected(lambda: split_data(read[0], read[1], options.validation), problems)
     raise_if_any(list(dict.fromkeys(problems)))
     assert read is not None, "without problems there is data"
-    for notice in source.notices:
+    assert split is not None, "without problems there is a split"
+    for notice in (*source.notices, *rate_notices(options), *hub_notices):
         log.warning(notice)
-    return Inputs(spec=read[0], records=read[1], prompts=prompts)
+    state = None if options.check.dry_run else _state(options)
+    return Inputs(spec=read[0], records=split.training, prompts=prompts, held_out=split.held_out, state=state)
+
+
+def _state(options: InputOptions) -> Path | None:
+    """The state to continue from; asks the hub, if it is used, whether the run may, and fetches the state from there.
+
+    Raises:
+        UserError: It may not, or there is no such state.
+    """
+    check_access(options.hub)
+    on_hub = HubState.of(options.hub, options.resume)
+    return fetch_state(on_hub) if on_hub is not None else options.resume.resume
+
+
+def split_data(spec: DataSpec, records: Sequence[ImageRecord], options: ValidationOptions) -> Split:
+    """The images to train on and those to validate on; warnings go to the log.
+
+    Raises:
+        UserError: One of the two is empty although both are wanted.
+    """
+    split = hold_out(spec, records, options)
+    for finding in warnings_of(split.findings):
+        log.warning("%s", finding)
+    return split
 
 
 def _prompts(options: PreviewOptions) -> tuple[PreviewPrompt, ...]:
@@ -144,19 +203,19 @@ def _prompts(options: PreviewOptions) -> tuple[PreviewPrompt, ...]:
     return prompts
 
 
-def read_data(options: InputOptions) -> tuple[DataSpec, tuple[ImageRecord, ...]]:
+def read_data(options: DataOptions, *, support: DataSupport = NETWORK) -> tuple[DataSpec, tuple[ImageRecord, ...]]:
     """The data sets and their images; warnings go to the log.
 
     Raises:
         UserError: With every error found.
     """
-    found = check_data(options)
+    found = check_data(options, support=support)
     for finding in warnings_of(found.findings):
         log.warning("%s", finding)
     return found.spec, found.records
 
 
-def check_data(options: InputOptions) -> DataCheck:
+def check_data(options: DataOptions, *, support: DataSupport = NETWORK) -> DataCheck:
     """Read the data sets and say what is wrong with them.
 
     A real run stays quick; where a check is asked for without training, every image is decoded and every caption cut
@@ -165,9 +224,10 @@ def check_data(options: InputOptions) -> DataCheck:
     Raises:
         UserError: The dataset file cannot be read at all.
     """
-    spec, findings = read_spec(options.source, options.image, options.captions, options.cache)
+    spec, findings = read_spec(options.source, options.image, options.captions, options.cache, support=support)
     records, found = scan(spec)
-    findings = [*findings, *found, *lint(spec, records)]
+    findings = [*findings, *found, *check_latents_alone(spec, records, options.cache), *lint(spec, records)]
+    findings += _below_usual_size(options.model, spec)
     if options.check.dry_run or options.check.validate_dataset:
         from library.data.lint_thorough import lint_thoroughly
 
@@ -175,9 +235,25 @@ def check_data(options: InputOptions) -> DataCheck:
     return DataCheck(spec=spec, records=records, findings=tuple(dict.fromkeys(findings)))
 
 
-def caption_tokens(options: PromptOptions) -> CaptionTokens:
+def _below_usual_size(model: ModelOptions, spec: DataSpec) -> Iterator[Finding]:
+    """Data sets trained at the usual size of other models."""
+    if not (model.v2 and model.v_parameterization):
+        return
+    for width, height in dict.fromkeys(dataset.resolution for dataset in spec.datasets):
+        if width * height <= 512 * 512:
+            yield warning(
+                f"the resolution is {width}x{height}, and Stable Diffusion 2 models with v-prediction were trained at "
+                "768x768",
+                "--v2, --v_parameterization, --resolution",
+                "Use a resolution of 768, unless your model is one for smaller images.",
+            )
+
+
+def caption_tokens(options: PromptOptions, *, new_words: tuple[str, ...] = ()) -> CaptionTokens:
     """How captions fall into tokens, as the options say."""
-    return CaptionTokens.of(max_token_length=options.max_token_length, weighted=options.weighted_captions)
+    return CaptionTokens.of(
+        max_token_length=options.max_token_length, weighted=options.weighted_captions, new_words=new_words
+    )
 
 
 def _collected(read: Callable[[], T], problems: list[Problem]) -> T | None:

@@ -10,8 +10,11 @@ from typing import Protocol
 
 from library.data.findings import Finding
 from library.data.setup import prepare_data
+from library.data.support import NETWORK, DataSupport
+from library.data.validation import hold_out
 from library.errors import EXIT_USER_ERROR, UserError
-from library.inputs import Inputs, caption_tokens, check_data, read_data
+from library.inputs import Inputs, caption_tokens, check_data, read_data, split_data
+from library.new_words import Rewording, check_captions
 from library.runtime_options import RuntimeOptions
 from library.start_screen import ScreenOptions, start_screen
 
@@ -23,22 +26,38 @@ class InspectionOptions(ScreenOptions, Protocol):
     def runtime(self) -> RuntimeOptions: ...  # noqa: D102
 
 
-def inspect_data(options: InspectionOptions) -> int | None:
+def inspect_data(
+    options: InspectionOptions, *, support: DataSupport = NETWORK, rewording: Rewording | None = None
+) -> int | None:
     """Do what ``--validate_dataset`` or ``--debug_dataset`` asks for; the exit code, None where neither is given.
 
     Only the data set is looked at: no model needs to be named.
+
+    Args:
+        options: The script's options.
+        support: What data sets the script can use.
+        rewording: The new word that captions are made of, where the script trains one.
 
     Raises:
         UserError: There is nothing to show, because of mistakes in the data set.
     """
     if options.check.validate_dataset:
-        return validate_dataset(options, as_json=options.check.validate_dataset == "json")
+        as_json = options.check.validate_dataset == "json"
+        return validate_dataset(options, as_json=as_json, support=support, rewording=rewording)
     if options.source.debug_dataset:
-        return show_dataset(options)
+        return show_dataset(options, support=support, rewording=rewording)
     return None
 
 
-def dry_run(options: InspectionOptions, inputs: Inputs, *, suffix: str, trained_values: int | None = None) -> int:
+def dry_run(
+    options: InspectionOptions,
+    inputs: Inputs,
+    *,
+    suffix: str,
+    trained_values: int | None = None,
+    saved_values: int | None = None,
+    rewording: Rewording | None = None,
+) -> int:
     """Print what a run would do; returns the exit code.
 
     Args:
@@ -46,16 +65,19 @@ def dry_run(options: InspectionOptions, inputs: Inputs, *, suffix: str, trained_
         inputs: The checked inputs.
         suffix: Suffix of the result's file.
         trained_values: Number of weights that would be trained, where it is known without loading the model.
+        saved_values: Number of weights that a saved model would hold, where it is another.
+        rewording: The new word that captions are made of, where the script trains one.
     """
     if _is_main():
         screen = start_screen(
             options,
             inputs,
-            prepare_data(inputs.spec, inputs.records),
+            prepare_data(inputs.spec, inputs.records, reword=rewording),
             seed=_seed(options),
             world=_processes(),
             suffix=suffix,
             trained_values=trained_values,
+            saved_values=saved_values,
         )
         print("\n".join(screen))
         if options.runtime.seed is None:
@@ -64,12 +86,16 @@ def dry_run(options: InspectionOptions, inputs: Inputs, *, suffix: str, trained_
     return 0
 
 
-def validate_dataset(options: InspectionOptions, *, as_json: bool) -> int:
+def validate_dataset(
+    options: InspectionOptions, *, as_json: bool, support: DataSupport = NETWORK, rewording: Rewording | None = None
+) -> int:
     """Print what is wrong with the data set; returns the exit code, 2 where there are errors."""
     images = 0
     try:
-        found = check_data(options)
-        findings, images = found.findings, len(found.records)
+        found = check_data(options, support=support)
+        split = hold_out(found.spec, found.records, options.validation)
+        words = check_captions(rewording, found.spec, split.training) if rewording is not None else []
+        findings, images = (*found.findings, *split.findings, *words), len(found.records)
     except UserError as problem:
         findings = tuple(Finding("error", one.what, one.where or "", one.remedy or "") for one in problem.problems)
     if _is_main():
@@ -95,10 +121,13 @@ def _as_text(findings: Sequence[Finding], images: int) -> str:
     return "\n".join([*(f"{finding.severity}: {finding}" for finding in ordered), summary])
 
 
-def show_dataset(options: InspectionOptions) -> int:
+def show_dataset(
+    options: InspectionOptions, *, support: DataSupport = NETWORK, rewording: Rewording | None = None
+) -> int:
     """Write the pages and pictures of ``--debug_dataset``, and open them where there is a screen."""
-    spec, records = read_data(options)
-    data = prepare_data(spec, records)
+    spec, records = read_data(options, support=support)
+    split = split_data(spec, records, options.validation)
+    data = prepare_data(spec, split.training, reword=rewording)
     if not _is_main():
         return 0
     from library.data.preview import open_in_browser, write_preview
@@ -114,7 +143,7 @@ def show_dataset(options: InspectionOptions) -> int:
         (options.save.output_dir or Path()) / "dataset_preview",
         data,
         plan,
-        tokens_of=caption_tokens(options.prompts),
+        tokens_of=caption_tokens(options.prompts, new_words=rewording.word.names if rewording else ()),
         seed=_seed(options),
         total_steps=length.total_steps,
     )

@@ -8,6 +8,7 @@ from collections.abc import Iterable
 from typing import Final
 
 _GUI: Final = "the GUI's own"
+_STOP: Final = "only train_db.py stops training the text encoder at a step"
 _STEPS: Final = "the length is set by max_train_steps or max_train_epochs"
 _LORAPLUS: Final = "LoRA+ is set in network_args"
 _SDXL: Final = "SDXL"
@@ -25,7 +26,8 @@ def _table(reasons: dict[str, str]) -> dict[str, str]:
 
 FOREIGN_KEYS: Final = _table(
     {
-        _GUI: "noise_offset_type lowvram train_inpainting stop_text_encoder_training",
+        _GUI: "noise_offset_type lowvram train_inpainting",
+        _STOP: "stop_text_encoder_training",
         _STEPS: "epoch",
         _LORAPLUS: "loraplus_lr_ratio loraplus_unet_lr_ratio loraplus_text_encoder_lr_ratio",
         _SDXL: (
@@ -53,7 +55,7 @@ FOREIGN_KEYS: Final = _table(
             "unsloth_offload_checkpointing"
         ),
         _SEVERAL: (
-            "cache_text_encoder_outputs cache_text_encoder_outputs_to_disk text_encoder_batch_size "
+            "cache_text_encoder_outputs_to_disk text_encoder_batch_size "
             "disable_mmap_load_safetensors weighting_scheme logit_mean logit_std mode_scale blocks_to_swap "
             "timestep_sampling sigmoid_scale model_prediction_type discrete_flow_shift"
         ),

@@ -31,11 +31,15 @@ class Given:
 
 @dataclass(slots=True)
 class Source:
-    """All that one source gives, with what is wrong with it and what is worth telling."""
+    """All that one source gives, with what is wrong with it and what is worth telling.
+
+    ``unknown`` names the options that nobody has declared, each with its place among the ``problems``.
+    """
 
     given: list[Given] = field(default_factory=list)
     foreign: list[str] = field(default_factory=list)
     problems: list[Problem] = field(default_factory=list)
+    unknown: dict[str, Problem] = field(default_factory=dict)
     notices: list[str] = field(default_factory=list)
 
 
@@ -82,7 +86,10 @@ def _read_flag(
         if text in FOREIGN_KEYS:
             source.foreign.append(text)
         else:
-            source.problems.append(_unknown_flag(flag, candidates, flags))
+            problem = _unknown_flag(flag, candidates, flags)
+            source.problems.append(problem)
+            if not candidates:
+                source.unknown[text] = problem
         return None
     if _is_switch(name, declared):
         if equals:
@@ -232,7 +239,10 @@ def _read_key(name: str, raw: object, where: str, declared: Mapping[str, Declare
     elif name in CONFIG_FLAGS:
         source.problems.append(Problem(f"{name} has no place in a configuration file", where, "Give it as a flag."))
     else:
-        source.problems.append(_unknown_key(name, raw, where, declared))
+        problem = _unknown_key(name, raw, where, declared)
+        source.problems.append(problem)
+        if not isinstance(raw, dict) and name != "datasets":
+            source.unknown[name] = problem
 
 
 def _unknown_key(name: str, raw: object, where: str, declared: Mapping[str, Declared]) -> Problem:

@@ -24,6 +24,7 @@ everything wrong is reported in one error.
 import logging
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, fields, replace
+from difflib import get_close_matches
 from pathlib import Path
 from typing import Any, Final, NoReturn, TypeVar, get_args, get_origin, get_type_hints
 
@@ -71,6 +72,9 @@ T = TypeVar("T")
 SECRET_KEYS: Final = frozenset({"wandb_api_key", "huggingface_token"})
 """Options that are never written to a file, a log or the screen."""
 
+_SLIP: Final = 0.8
+"""Of two names at least so similar (``difflib``) one is taken for the other misspelt."""
+
 _PRIVATE_METAVARS: Final = frozenset({"PATH", "FILE", "DIR"})
 
 log = logging.getLogger(__name__)
@@ -83,6 +87,7 @@ def parse_options(
     prog: str,
     description: str,
     announce: Callable[[str], None] | None = None,
+    skips_others: bool = False,
 ) -> T:
     """The options of a script, from its defaults, ``--config_file`` and the command line.
 
@@ -94,6 +99,8 @@ def parse_options(
         prog: The program's name, for ``--help``.
         description: What the script does, for ``--help``.
         announce: Called with each notice; a warning in the log when absent.
+        skips_others: Leave out options that are not the script's, and say which, unless they are called almost like
+            one of them: for tools that take the command line of another script.
 
     Raises:
         UserError: Something is wrong; all problems of both sources together.
@@ -103,10 +110,12 @@ def parse_options(
         print(help_text(declared.values(), prog=prog, description=description), end="")
         raise SystemExit(0)
     arguments = read_arguments(argv, declared)
+    skipped = _others(arguments, declared) if skips_others else []
     reading = _Reading(declared, problems=list(arguments.problems))
     settings = {item.name: item for item in arguments.given if item.name in CONFIG_FLAGS}
     writes = "output_config" in settings
     config = _config_source(settings, declared, writes=writes)
+    skipped += _others(config, declared) if skips_others else []
     reading.problems += config.problems
     for item in (*config.given, *(item for item in arguments.given if item.name not in CONFIG_FLAGS)):
         reading.take(item)
@@ -114,9 +123,17 @@ def parse_options(
     raise_if_any(reading.problems)
     if writes:
         _write_config(config_path(str(settings["config_file"].raw)), options)
+    notices += [f"not used here: {', '.join(sorted(set(skipped)))}"] if skipped else []
     for text in (*arguments.notices, *config.notices, *foreign_notice(arguments.foreign + config.foreign), *notices):
         (announce or log.warning)(text)
     return options
+
+
+def _others(source: Source, declared: Mapping[str, Declared]) -> list[str]:
+    """The unknown options of ``source`` that are no slips of the pen; they are no problems any more."""
+    others = [name for name in source.unknown if not get_close_matches(name, declared, 1, cutoff=_SLIP)]
+    source.problems = [one for one in source.problems if one not in [source.unknown[name] for name in others]]
+    return others
 
 
 def _config_source(settings: Mapping[str, Given], declared: Mapping[str, Declared], *, writes: bool) -> Source:

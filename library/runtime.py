@@ -15,11 +15,13 @@ from datetime import timedelta
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from library.errors import UserError
+from library.errors import Problem, UserError, raise_if_any
+from library.messages import KeepMessages
 from library.runtime_options import ConsoleOptions, RuntimeOptions
 
 if TYPE_CHECKING:
     import torch
+    from torch import nn
 
 log = logging.getLogger(__name__)
 
@@ -32,13 +34,24 @@ class Runtime:
         accelerator: Accelerate's handle on devices, processes and precision.
         weight_dtype: dtype of frozen weights.
         seed: Seed of the run, the same in every process.
+        trains_narrow: Trained weights have ``weight_dtype`` too, instead of float32.
         keeps_memory: Memory of a GPU that is not in use stays reserved between stages.
+        compiler: Backend of torch.compile for the models; None leaves them as they are.
     """
 
     accelerator: Any
     weight_dtype: "torch.dtype"
     seed: int
+    trains_narrow: bool = False
     keeps_memory: bool = False
+    compiler: str | None = None
+
+    @property
+    def trained_dtype(self) -> "torch.dtype":
+        """Dtype of trained weights and their gradients."""
+        import torch
+
+        return self.weight_dtype if self.trains_narrow else torch.float32
 
     @property
     def device(self) -> "torch.device":
@@ -67,6 +80,22 @@ class Runtime:
         if not self.keeps_memory and torch.cuda.is_available():
             torch.cuda.empty_cache()
 
+    def prepare(self, module: "nn.Module", optimizer: Any) -> tuple["nn.Module", Any]:
+        """``module`` and ``optimizer`` as Accelerate lets them work in several processes and in 16 bits."""
+        from torch.nn.parallel import DistributedDataParallel
+
+        # No backend can send 8-bit weights. Every process has read them from the file, and nothing changes them.
+        own = [name for name, value in module.named_parameters() if value.is_floating_point() and value.itemsize == 1]
+        DistributedDataParallel._set_params_and_buffers_to_ignore_for_model(module, own)  # type: ignore[no-untyped-call]
+        prepared: tuple[nn.Module, Any] = self.accelerator.prepare(module, optimizer)
+        return prepared
+
+    def compile(self, *parts: "nn.Module") -> None:
+        """Let ``parts`` be compiled when they are first called; their state dicts keep their names."""
+        if self.compiler is not None:
+            for part in parts:
+                part.compile(backend=self.compiler)
+
 
 def set_up_logging(options: ConsoleOptions) -> None:
     """Send log lines to the screen (beside progress bars), or to ``--console_log_file``."""
@@ -89,6 +118,7 @@ def set_up_logging(options: ConsoleOptions) -> None:
         logging.Formatter("%(message)s" if simple else "%(asctime)s %(levelname)s %(message)s", "%H:%M:%S")
     )
     root.addHandler(new)
+    root.addHandler(KeepMessages())
     root.setLevel(level)
     # bitsandbytes warns on import of kernels that nothing here uses.
     logging.getLogger("bitsandbytes").setLevel(logging.ERROR)
@@ -120,26 +150,61 @@ def start_runtime(options: RuntimeOptions, *, find_unused_parameters: bool) -> R
         find_unused_parameters: Whether a step may leave trained parameters without a gradient.
 
     Raises:
-        UserError: fp16 was asked for where it cannot be trained.
+        UserError: fp16 was asked for where it cannot be trained, a backend of torch.compile is not there, or the
+            launcher's configuration divides weights among processes.
     """
+    raise_if_any(_launcher_problems())
     # A worker process forks after the tokenizer has been used; its thread pool would not survive that.
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
     # GNU OpenMP's threads wait for each other by spinning, for long by default: beside another busy program, training
     # on a CPU is then many times slower. Read when torch loads the library.
     os.environ.setdefault("GOMP_SPINCOUNT", "10000")
     import torch
+
+    has_accelerator = torch.cuda.is_available() or torch.backends.mps.is_available()
+    # Under torchrun without a GPU, Accelerate starts independent single runs unless it is told to use the CPU.
+    accelerator = _accelerator(options, cpu=not has_accelerator, find_unused_parameters=find_unused_parameters)
+    if options.mixed_precision == "fp16" and accelerator.device.type == "cpu":
+        raise UserError(
+            "fp16 cannot be trained on a CPU (it would silently be fp32)",
+            where="--mixed_precision=fp16",
+            remedy=_missing_gpu_advice() or "Use --mixed_precision=bf16, or leave it out for fp32.",
+        )
+    if options.torch_compile:
+        _check_compiler(options.dynamo_backend)
+    if options.tf32:
+        _use_tf32(accelerator.device.type)
+    log.info("device: %s, precision: %s", _device_name(accelerator.device), options.mixed_precision)
+    if accelerator.device.type == "cpu" and (advice := _missing_gpu_advice()):
+        log.warning("training on the CPU although there seems to be a GPU. %s", advice)
+    dtype = {"no": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}[options.mixed_precision]
+    for notice in _launcher_notices(options, int(accelerator.num_processes), has_accelerator):
+        log.warning(notice)
+    if options.full_fp16:
+        _unscale_fp16_gradients(accelerator.scaler)
+    return Runtime(
+        accelerator,
+        dtype,
+        _agree_on_seed(options.seed, accelerator),
+        trains_narrow=options.full_fp16 or options.full_bf16,
+        keeps_memory=options.highvram,
+        compiler=options.dynamo_backend if options.torch_compile else None,
+    )
+
+
+def _accelerator(options: RuntimeOptions, *, cpu: bool, find_unused_parameters: bool) -> Any:
     from accelerate import Accelerator
     from accelerate.utils import DistributedDataParallelKwargs, InitProcessGroupKwargs
 
-    has_accelerator = torch.cuda.is_available() or torch.backends.mps.is_available()
     processes: dict[str, Any] = {}
     if options.ddp_timeout is not None:
         processes["timeout"] = timedelta(minutes=options.ddp_timeout)
-    accelerator = Accelerator(
-        # Under torchrun without a GPU, Accelerate starts independent single runs unless it is told to use the CPU.
-        cpu=not has_accelerator,
+    return Accelerator(
+        cpu=cpu,
         mixed_precision=options.mixed_precision,
         step_scheduler_with_optimizer=False,
+        # Compiling is this program's: the launcher's would take in the keyed draws as well.
+        dynamo_backend="no",
         kwargs_handlers=[
             DistributedDataParallelKwargs(
                 find_unused_parameters=find_unused_parameters,
@@ -151,19 +216,60 @@ def start_runtime(options: RuntimeOptions, *, find_unused_parameters: bool) -> R
             InitProcessGroupKwargs(**processes),
         ],
     )
-    if options.mixed_precision == "fp16" and accelerator.device.type == "cpu":
-        raise UserError(
-            "fp16 cannot be trained on a CPU (it would silently be fp32)",
-            where="--mixed_precision=fp16",
-            remedy=_missing_gpu_advice() or "Use --mixed_precision=bf16, or leave it out for fp32.",
+
+
+def _launcher_problems() -> list[Problem]:
+    """Ways to distribute that ``accelerate config`` offers and that would give wrong or unchecked results here."""
+    reasons = {
+        "ACCELERATE_USE_DEEPSPEED": "DeepSpeed, which changes weights within the backward pass, unchecked",
+        "ACCELERATE_USE_FSDP": "FSDP, which leaves each process with a part of the weights; only whole ones are saved",
+    }
+    return [
+        Problem(
+            f"the launcher is configured for {reason}",
+            "accelerate launch",
+            "Run `accelerate config` again without it, or give --multi_gpu; see docs/multiple_gpus.md.",
         )
-    log.info("device: %s, precision: %s", _device_name(accelerator.device), options.mixed_precision)
-    if accelerator.device.type == "cpu" and (advice := _missing_gpu_advice()):
-        log.warning("training on the CPU although there seems to be a GPU. %s", advice)
-    dtype = {"no": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}[options.mixed_precision]
-    for notice in _launcher_notices(options, int(accelerator.num_processes), has_accelerator):
-        log.warning(notice)
-    return Runtime(accelerator, dtype, _agree_on_seed(options.seed, accelerator), keeps_memory=options.highvram)
+        for name, reason in reasons.items()
+        if os.environ.get(name, "false").lower() in ("true", "1")
+    ]
+
+
+def _check_compiler(backend: str) -> None:
+    """Refuse a backend that is not there.
+
+    Raises:
+        UserError: Naming those that are.
+    """
+    import torch
+
+    known = [*torch.compiler.list_backends(), "aot_eager", "eager"]
+    if backend not in known:
+        raise UserError(
+            f"the installed torch {torch.__version__} has no backend {backend!r}",
+            where="--dynamo_backend",
+            remedy=f"Use one of: {', '.join(sorted(known))}.",
+        )
+
+
+def _use_tf32(device: str) -> None:
+    """Let a GPU multiply fp32 matrices with less precision."""
+    import torch
+
+    if device != "cuda":
+        log.warning("without effect on %s: --tf32", device)
+        return
+    torch.set_float32_matmul_precision("high")
+
+
+def _unscale_fp16_gradients(scaler: Any) -> None:
+    """Let ``scaler`` work on gradients that are in fp16 themselves, which torch refuses because they lose precision."""
+    unscale = scaler._unscale_grads_
+
+    def unscale_fp16(optimizer: Any, inverse_scale: Any, found_inf: Any, allow_fp16: bool) -> Any:
+        return unscale(optimizer, inverse_scale, found_inf, True)
+
+    scaler._unscale_grads_ = unscale_fp16
 
 
 def _device_name(device: "torch.device") -> str:
@@ -201,6 +307,10 @@ def _launcher_notices(options: RuntimeOptions, world: int, has_accelerator: bool
             f"the launcher's mixed precision is {launched!r}, --mixed_precision is {options.mixed_precision!r}: "
             f"{options.mixed_precision!r} is used"
         )
+    compiler = os.environ.get("ACCELERATE_DYNAMO_BACKEND", "no").lower()
+    if compiler != "no":
+        advice = f"give --torch_compile --dynamo_backend {compiler}"
+        yield f"the launcher's dynamo backend {compiler!r} is not used: {advice}"
     asked = _processes_asked_of_launcher()
     if asked > world:
         yield (

@@ -1,16 +1,13 @@
 """Options of how a run computes: precision, memory, processes, seed, console. Imports nothing heavy."""
 
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from pathlib import Path
+from typing import Final
 
 from library.errors import Problem
 from library.options import option
 
-_FULL = "training in half precision throughout"
-_FP8 = "8-bit base weights"
-_COMPILE = "torch.compile"
-_OFFLOAD = "checkpoints kept in main memory"
-_DEEPSPEED = "DeepSpeed by options"
+_BACKEND: Final = "inductor"
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -22,19 +19,33 @@ class RuntimeOptions:
         choices=("no", "fp16", "bf16"),
         help="Compute in 16 bits while trained weights stay in 32: less memory, faster. bf16 where the device has it.",
     )
-    full_fp16: bool = option(False, later=_FULL, help="Keep trained weights and gradients in fp16 as well.")
-    full_bf16: bool = option(False, later=_FULL, help="Keep trained weights and gradients in bf16 as well.")
-    fp8_base: bool = option(False, later=_FP8, help="Keep the frozen base model in 8 bits.")
-    fp8_base_unet: bool = option(False, later=_FP8, help="Keep the frozen U-Net in 8 bits, the text encoder not.")
+    full_fp16: bool = option(
+        False, help="Keep trained weights and gradients in fp16 as well: half the memory, less exact."
+    )
+    full_bf16: bool = option(
+        False, help="Keep trained weights and gradients in bf16 as well: half the memory; steps are rounded by chance."
+    )
+    fp8_base: bool = option(
+        False,
+        help="Keep the matrices and convolutions of the frozen U-Net and text encoder in 8 bits: a quarter of their "
+        "memory in fp32, half of that in bf16; a little slower and less exact. Needs --mixed_precision.",
+    )
+    fp8_base_unet: bool = option(False, help="The same for the U-Net alone; the text encoder stays in 16 bits.")
     gradient_checkpointing: bool = option(
         False, help="Compute activations again instead of keeping them: less memory, slower."
     )
     cpu_offload_checkpointing: bool = option(
-        False, later=_OFFLOAD, help="Keep the activations at checkpoints in main memory."
+        False,
+        help="With --gradient_checkpointing: keep what the U-Net's blocks are computed again from in main memory, not "
+        "on the GPU. Slower.",
     )
-    torch_compile: bool = option(False, later=_COMPILE, help="Compile the models before training.")
+    torch_compile: bool = option(
+        False,
+        help="Compile U-Net and text encoder with torch.compile: slow first steps, also for each new image size, then "
+        "faster ones.",
+    )
     dynamo_backend: str = option(
-        "inductor",
+        _BACKEND,
         choices=(
             "eager",
             "aot_eager",
@@ -49,9 +60,13 @@ class RuntimeOptions:
             "ipex",
             "tvm",
         ),
-        synonyms={"no": "inductor"},
-        later=_COMPILE,
-        help="Backend of --torch_compile.",
+        synonyms={"no": _BACKEND},
+        help="Backend of --torch_compile; one that the installed torch does not have is refused.",
+    )
+    tf32: bool = option(
+        False,
+        help="Let NVIDIA GPUs from Ampere on multiply fp32 matrices with 10 bits of precision (TF32): faster where "
+        "fp32 is computed with. Convolutions do so in any case.",
     )
     ddp_timeout: int | None = option(
         None, minimum=1, synonyms={0: None}, metavar="MINUTES", help="Minutes that processes wait for each other."
@@ -90,6 +105,22 @@ class RuntimeOptions:
             found.append(Problem(f"{flag} needs mixed precision", flag, "Add --mixed_precision bf16 or fp16."))
         return found
 
+    def notices(self) -> list[str]:
+        """What has no effect."""
+        found = []
+        if self.cpu_offload_checkpointing and not self.gradient_checkpointing:
+            found.append("without effect without --gradient_checkpointing: --cpu_offload_checkpointing")
+        if self.dynamo_backend != _BACKEND and not self.torch_compile:
+            found.append("without effect without --torch_compile: --dynamo_backend")
+        if self.fp8_base and self.fp8_base_unet:
+            found.append("--fp8_base includes the U-Net: --fp8_base_unet adds nothing")
+        return found
+
+    @property
+    def narrows_base(self) -> bool:
+        """Whether frozen weights are kept in 8 bits."""
+        return self.fp8_base or self.fp8_base_unet
+
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class ConsoleOptions:
@@ -108,31 +139,37 @@ class ConsoleOptions:
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class DeepSpeedOptions:
-    """DeepSpeed."""
+    """DeepSpeed (not supported)."""
 
-    deepspeed: bool = option(False, later=_DEEPSPEED, help="Train with DeepSpeed.")
-    zero_stage: int = option(
-        2, choices=(0, 1, 2, 3), later=_DEEPSPEED, help="What is divided among processes: more with each stage."
+    deepspeed: bool = option(
+        False, help="Refused: DeepSpeed changes weights within the backward pass, before they could be checked."
     )
-    offload_optimizer_device: str | None = option(
-        None, choices=("cpu", "nvme"), later=_DEEPSPEED, help="Keep optimizer states there (from stage 2)."
-    )
-    offload_optimizer_nvme_path: Path | None = option(
-        None, metavar="DIR", later=_DEEPSPEED, help="Folder for optimizer states on nvme (stage 3)."
-    )
-    offload_param_device: str | None = option(
-        None, choices=("cpu", "nvme"), later=_DEEPSPEED, help="Keep weights there (stage 3)."
-    )
-    offload_param_nvme_path: Path | None = option(
-        None, metavar="DIR", later=_DEEPSPEED, help="Folder for weights on nvme (stage 3)."
-    )
-    zero3_init_flag: bool = option(False, later=_DEEPSPEED, help="Divide weights while models are built (stage 3).")
-    zero3_save_16bit_model: bool = option(False, later=_DEEPSPEED, help="Save weights in 16 bits (stage 3).")
-    fp16_master_weights_and_gradients: bool = option(
-        False, later=_DEEPSPEED, help="Keep master weights and gradients in fp16."
-    )
-    fused_backward_pass: bool = option(
-        False,
-        later="optimizer steps within the backward pass",
-        help="Update each weight as soon as its gradient is known; offered for larger model families.",
-    )
+    zero_stage: int = option(2, choices=(0, 1, 2, 3), help="Without effect, as all options of DeepSpeed.")
+    offload_optimizer_device: str | None = option(None, choices=("cpu", "nvme"), help="Without effect.")
+    offload_optimizer_nvme_path: Path | None = option(None, metavar="DIR", help="Without effect.")
+    offload_param_device: str | None = option(None, choices=("cpu", "nvme"), help="Without effect.")
+    offload_param_nvme_path: Path | None = option(None, metavar="DIR", help="Without effect.")
+    zero3_init_flag: bool = option(False, help="Without effect.")
+    zero3_save_16bit_model: bool = option(False, help="Without effect.")
+    fp16_master_weights_and_gradients: bool = option(False, help="Without effect.")
+
+    def problems(self) -> list[Problem]:
+        """DeepSpeed is not supported."""
+        if not self.deepspeed:
+            return []
+        return [
+            Problem(
+                "--deepspeed is not supported: DeepSpeed changes weights within the backward pass, before a gradient "
+                "that is not finite could be noticed, and counts accumulated batches itself",
+                "--deepspeed",
+                "Leave it out: several GPUs work with accelerate launch alone. For memory there are "
+                "--gradient_checkpointing, --full_bf16, --fused_backward_pass and 8-bit optimizers; see "
+                "docs/precision_and_memory.md.",
+            )
+        ]
+
+    def notices(self) -> list[str]:
+        """Its settings, when it is not used."""
+        plain = DeepSpeedOptions()
+        given = [f"--{item.name}" for item in fields(self) if getattr(self, item.name) != getattr(plain, item.name)]
+        return [f"without effect without --deepspeed: {', '.join(given)}"] if given and not self.deepspeed else []

@@ -1,6 +1,6 @@
 """Denoising with Stable Diffusion: what every method does with a batch and with a preview prompt."""
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
@@ -10,7 +10,8 @@ from torch import Tensor, nn
 
 from library.conditioning import TextConditioning
 from library.data.dataset import Batch
-from library.diffusion.objective import DenoisingObjective
+from library.diffusion.noise import Key
+from library.diffusion.objective import DenoisingObjective, Predict
 from library.diffusion.options import LossOptions, NoiseOptions
 from library.diffusion.samplers import generate_latents
 from library.diffusion.schedule import NoiseSchedule
@@ -97,6 +98,9 @@ class DenoisingTask:
     @torch.no_grad()
     def latents(self, batch: Batch) -> Tensor:
         """Scaled latents of ``batch``, (B, 4, h, w): each a sample of its posterior by the example's own key."""
+        return self._latents(batch, self._keys(batch))
+
+    def _latents(self, batch: Batch, keys: Sequence[Key]) -> Tensor:
         if batch.latent_mean is not None and batch.latent_std is not None:
             mean, std = batch.latent_mean, batch.latent_std
         else:
@@ -105,19 +109,50 @@ class DenoisingTask:
             mean, std = (torch.cat(each) for each in zip(*parts, strict=True))
         noise = [
             torch.randn(mean.shape[1:], generator=torch_generator(seed, "posterior", epoch, example))
-            for seed, epoch, example in self._keys(batch)
+            for seed, epoch, example in keys
         ]
         return sample_posterior(mean, std, torch.stack(noise).to(mean)) * self.model.variant.latent_scale
 
     def losses(self, batch: Batch, context: Tensor) -> Tensor:
         """One weighted loss an example, (B,), for the captions encoded by :attr:`text`."""
+        losses = self.objective(self._predictor(context), self.latents(batch), keys=self._keys(batch), mask=batch.mask)
+        return losses * batch.loss_weight
+
+    @torch.no_grad()
+    def losses_at(self, batch: Batch, timesteps: Sequence[int], *, images: Sequence[tuple[int, int]]) -> Tensor:
+        """The plain loss of each example at fixed timesteps; see :meth:`DenoisingObjective.at_timestep`.
+
+        Args:
+            batch: The examples, on the device.
+            timesteps: T timesteps.
+            images: Seed and number of each example's image, which its latents and noise are keyed by.
+
+        Returns:
+            (T, B) float32.
+        """
+        with self.runtime.accelerator.autocast():
+            predict = self._predictor(self.text.encode(batch))
+            latents = self._latents(batch, [(seed, 0, image) for seed, image in images])
+            losses = [
+                self.objective.at_timestep(
+                    predict,
+                    latents,
+                    timestep,
+                    keys=[(seed, timestep, image) for seed, image in images],
+                    mask=batch.mask,
+                )
+                for timestep in timesteps
+            ]
+        return torch.stack(losses)
+
+    def _predictor(self, context: Tensor) -> Predict:
+        """The U-Net that reads ``context``."""
 
         def predict(noisy: Tensor, timesteps: Tensor) -> Tensor:
             prediction: Tensor = self.model.unet(noisy, timesteps, context, return_dict=False)[0]
             return prediction
 
-        losses = self.objective(predict, self.latents(batch), keys=self._keys(batch), mask=batch.mask)
-        return losses * batch.loss_weight
+        return predict
 
     def _keys(self, batch: Batch) -> list[tuple[int, int, int]]:
         return [(self.runtime.seed, batch.epoch, example) for example in batch.examples]
@@ -129,7 +164,8 @@ class DenoisingTask:
         model = self.model
 
         def predict(noisy: Tensor, timesteps: Tensor, context: Tensor) -> Tensor:
-            dtype = next(model.unet.parameters()).dtype
+            # Of all weights the biases are never kept in 8 bits.
+            dtype = model.unet.conv_in.bias.dtype
             prediction: Tensor = model.unet(noisy.to(dtype), timesteps, context, return_dict=False)[0]
             return prediction
 

@@ -14,23 +14,33 @@ OPTIONS = [
     "library.option_fields",
     "library.option_foreign",
     "library.option_help",
+    "library.option_positions",
     "library.option_sources",
     "library.option_values",
     "library.runtime_options",
 ]
-RUNTIME = ["library.randomness", "library.runtime"]
+RUNTIME = ["library.randomness", "library.messages", "library.runtime"]
 PACKAGES = ["library.models", "library.diffusion", "library.data", "library.training"]
 TOP = [
     "library.option_relations",
     "library.conditioning",
+    "library.cached_conditioning",
     "library.task",
+    "library.new_words",
     "library.inputs",
     "library.start_screen",
     "library.inspection",
     "library.resuming",
+    "library.validation",
     "library.hooks",
+    "library.reporting",
     "library.run",
+    "library.caption_lengths",
+    "library.full_model_options",
     "library.full_model",
+    "library.textual_inversion",
+    "library.textual_inversion_options",
+    "library.layered_conditioning",
 ]
 
 

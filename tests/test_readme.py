@@ -1,5 +1,6 @@
 """Every command and every data set in the documentation is one that the program takes."""
 
+import importlib
 import re
 import shlex
 import tomllib
@@ -36,10 +37,15 @@ def commands(script: str) -> list[tuple[str, list[str]]]:
     return found
 
 
-@pytest.mark.parametrize(("page", "arguments"), commands("train_network.py"))
-def test_commands_are_taken(page: str, arguments: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    from train_network import Options
+SCRIPTS = ("train_network", "train_db", "fine_tune", "train_textual_inversion", "train_textual_inversion_XTI")
+COMMANDS = [(script, page, arguments) for script in SCRIPTS for page, arguments in commands(f"{script}.py")]
 
+
+@pytest.mark.parametrize(("script", "page", "arguments"), COMMANDS)
+def test_commands_are_taken(
+    script: str, page: str, arguments: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    options = importlib.import_module(script).Options
     # The pages speak of files that readers have; only the options are looked at here.
     monkeypatch.chdir(tmp_path)
     for name, value in zip(arguments, [*arguments[1:], ""], strict=True):
@@ -49,11 +55,12 @@ def test_commands_are_taken(page: str, arguments: list[str], tmp_path: Path, mon
             shipped = ROOT / config_path(str(path))
             path.parent.mkdir(parents=True, exist_ok=True)
             path.write_text(shipped.read_text(encoding="utf-8") if shipped.exists() else "", encoding="utf-8")
-    parse_options(Options, arguments, prog="train_network.py", description="")
+    parse_options(options, arguments, prog=f"{script}.py", description="")
 
 
-def test_there_are_commands() -> None:
-    assert len(commands("train_network.py")) >= 3
+@pytest.mark.parametrize("script", SCRIPTS)
+def test_there_are_commands(script: str) -> None:
+    assert len(commands(f"{script}.py")) >= (3 if script == "train_network" else 1)
 
 
 @pytest.mark.parametrize(("page", "text"), blocks("toml"))

@@ -15,7 +15,7 @@ if str(ROOT) not in sys.path:
 from library.option_fields import Declared, declarations  # noqa: E402
 from library.option_values import is_switch  # noqa: E402
 
-SCRIPTS = ("train_network",)
+SCRIPTS = ("train_network", "train_db", "fine_tune", "train_textual_inversion", "train_textual_inversion_XTI")
 
 
 def table(script: str) -> str:

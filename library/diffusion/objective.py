@@ -9,15 +9,18 @@ import torch
 from torch import Tensor
 from torch.nn.functional import interpolate
 
-from library.diffusion.noise import Key, perturb_noise, sample_noise, sample_timesteps
+from library.diffusion.noise import Key, perturb_noise, sample_noise
 from library.diffusion.options import LossOptions, NoiseOptions
 from library.diffusion.schedule import TRAIN_TIMESTEPS, NoiseSchedule, Prediction
+from library.diffusion.timesteps import timestep_sampler
 from library.diffusion.weighting import timestep_weight
 
 Predict = Callable[[Tensor, Tensor], Tensor]
 """A model with its text bound: noisy latents (B, C, H, W) and timesteps (B,) to a prediction (B, C, H, W)."""
 Threshold = Callable[[Tensor], Tensor]
 """Timesteps (B,) to the threshold of a Huber loss, (B,)."""
+
+_PLAIN_NOISE: Final = NoiseOptions()
 
 
 class DenoisingObjective:
@@ -29,6 +32,7 @@ class DenoisingObjective:
         """Choose what is mixed in, what the model is to find, and how errors and timesteps are weighed."""
         self.schedule = schedule
         self._noise = noise
+        self._sample_timesteps = timestep_sampler(noise, schedule, prediction)
         self._target = schedule.velocity if prediction == "v_prediction" else _noise_target
         self._loss = element_loss(loss, schedule)
         self._weight = timestep_weight(loss, prediction)
@@ -48,15 +52,40 @@ class DenoisingObjective:
         Returns:
             (B,) float32.
         """
-        timesteps = sample_timesteps(keys, self._noise).to(latents.device)
+        timesteps = self._sample_timesteps(keys).to(latents.device)
+        noise = sample_noise(latents.float(), keys, self._noise)
+        mixed_in = perturb_noise(noise, keys, self._noise)
+        losses = self._losses(predict, latents, timesteps, noise, mixed_in, mask)
+        return losses * self._weight(self.schedule.snr(timesteps))
+
+    def at_timestep(
+        self, predict: Predict, latents: Tensor, timestep: int, *, keys: Sequence[Key], mask: Tensor | None = None
+    ) -> Tensor:
+        """The loss of each example at one timestep, to be compared between steps and runs: (B,) float32.
+
+        Plain normal noise, whatever noise is trained with, and no weight for the timestep; so the loss of an example
+        does not depend on the batch it comes in. Loss type and mask are those of training.
+        """
+        timesteps = torch.full((len(latents),), timestep, device=latents.device)
+        noise = sample_noise(latents.float(), keys, _PLAIN_NOISE)
+        return self._losses(predict, latents, timesteps, noise, noise, mask)
+
+    def _losses(
+        self,
+        predict: Predict,
+        latents: Tensor,
+        timesteps: Tensor,
+        noise: Tensor,
+        mixed_in: Tensor,
+        mask: Tensor | None,
+    ) -> Tensor:
         clean = latents.float()
-        noise = sample_noise(clean, keys, self._noise)
-        noisy = self.schedule.add_noise(clean, perturb_noise(noise, keys, self._noise), timesteps)
+        noisy = self.schedule.add_noise(clean, mixed_in, timesteps)
         found = predict(noisy.to(latents.dtype), timesteps)
         losses = self._loss(found.float(), self._target(clean, noise, timesteps), timesteps)
         if mask is not None:
             losses = losses * latent_mask(mask.to(losses), (losses.shape[2], losses.shape[3]))
-        return losses.mean(dim=(1, 2, 3)) * self._weight(self.schedule.snr(timesteps))
+        return losses.mean(dim=(1, 2, 3))
 
 
 def latent_mask(mask: Tensor, size: tuple[int, int]) -> Tensor:

@@ -1,5 +1,6 @@
 """Options of the noise that is added and of the loss. Imports nothing heavy."""
 
+import math
 from dataclasses import dataclass
 
 from library.errors import Problem
@@ -47,6 +48,34 @@ class NoiseOptions:
     max_timestep: int | None = option(
         None, minimum=1, maximum=1000, help="End (exclusive) of the timesteps that are trained, 1000 when absent."
     )
+    timestep_distribution: str = option(
+        "uniform",
+        choices=("uniform", "logit_normal", "snr"),
+        help="How often each timestep is trained: all alike, most often in the middle (logit_normal), or in proportion "
+        "to its Min-SNR weight (snr).",
+    )
+    timestep_logit_mean: float = option(
+        0.0, help="With logit_normal: mean of the logit of timestep / 1000; above 0 trains noisier images more often."
+    )
+    timestep_logit_std: float = option(
+        1.0, above=0, help="With logit_normal: standard deviation of that logit; smaller is more concentrated."
+    )
+    timestep_snr_gamma: float = option(
+        5.0,
+        above=0,
+        help="With snr: gamma of the weight; timesteps with a higher signal-to-noise ratio come less often.",
+    )
+
+    def notices(self) -> list[str]:
+        """Settings of a distribution that is not drawn from."""
+        owners = {"timestep_logit_mean": "logit_normal", "timestep_logit_std": "logit_normal"}
+        owners |= {"timestep_snr_gamma": "snr"}
+        plain = NoiseOptions()
+        return [
+            f"without effect without --timestep_distribution {owner}: --{name}"
+            for name, owner in owners.items()
+            if getattr(self, name) != getattr(plain, name) and self.timestep_distribution != owner
+        ]
 
     def problems(self) -> list[Problem]:
         """Relations inside the group."""
@@ -69,7 +98,24 @@ class NoiseOptions:
                     "--min_timestep must be smaller than --max_timestep.",
                 )
             )
+        elif self.timestep_distribution == "logit_normal" and not self._reaches(low, high):
+            found.append(
+                Problem(
+                    f"a logit_normal distribution with mean {self.timestep_logit_mean} and standard deviation "
+                    f"{self.timestep_logit_std} never gives a timestep from {low} to {high - 1}",
+                    "--timestep_distribution",
+                    "Move --timestep_logit_mean towards them, or give a larger --timestep_logit_std.",
+                )
+            )
         return found
+
+    def _reaches(self, low: int, high: int) -> bool:
+        """Whether a logit-normal distribution has weight in [low, high), in double precision."""
+        below = [
+            math.erf((_logit(edge / 1000) - self.timestep_logit_mean) / self.timestep_logit_std / math.sqrt(2))
+            for edge in (low, high)
+        ]
+        return below[1] > below[0]
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -105,3 +151,9 @@ class LossOptions:
         help="Add this much of a loss weighted as for v-prediction to that of a noise-prediction model. 0 is off.",
     )
     debiased_estimation_loss: bool = option(False, help="Debiased estimation weighting of timesteps.")
+
+
+def _logit(share: float) -> float:
+    if share in (0.0, 1.0):
+        return math.inf if share else -math.inf
+    return math.log(share / (1 - share))

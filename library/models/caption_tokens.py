@@ -46,24 +46,36 @@ class CaptionTokens:
     Attributes:
         limit: Number of tokens of a caption that are used.
         weighted: Whether captions have weights, as ``(red:1.2)``.
+        new_words: Words that the model is taught, each a token of its own.
     """
 
     limit: int
     weighted: bool = False
+    new_words: tuple[str, ...] = ()
 
     @classmethod
-    def of(cls, *, max_token_length: int | None, weighted: bool) -> "CaptionTokens":
+    def of(cls, *, max_token_length: int | None, weighted: bool, new_words: tuple[str, ...] = ()) -> "CaptionTokens":
         """As the options say."""
-        return cls(limit=max_token_length or _DEFAULT_LENGTH, weighted=weighted)
+        return cls(limit=max_token_length or _DEFAULT_LENGTH, weighted=weighted, new_words=new_words)
 
     def __call__(self, caption: str) -> tuple[Token, ...]:
         """All tokens of ``caption``, those behind the limit too; the begin and end tokens are not among them."""
         pieces = parse_prompt_weights(caption) if self.weighted else [(caption, 1.0)]
-        return tuple(token for text, weight in pieces for token in _tokens(text, weight))
+        return tuple(token for text, weight in pieces for token in self._tokens(text, weight))
 
     def lost(self, caption: str) -> str:
         """The words of ``caption`` behind the limit, which are never trained on."""
         return joined(self(caption)[self.limit :])
+
+    def _tokens(self, text: str, weight: float) -> list[Token]:
+        encoded = _tokenizer(self.new_words).encode(text, add_special_tokens=False)
+        tokens: list[Token] = []
+        seen = 0
+        for number, (start, end) in zip(encoded.ids, encoded.offsets, strict=True):
+            starts_word = start >= seen and (start == 0 or text[start - 1].isspace())
+            tokens.append(Token(number, text[max(start, seen) : end], starts_word, weight))
+            seen = max(seen, end)
+        return tokens
 
 
 def joined(tokens: Sequence[Token]) -> str:
@@ -71,28 +83,23 @@ def joined(tokens: Sequence[Token]) -> str:
     return "".join(f"{' ' if token.starts_word else ''}{token.text}" for token in tokens).strip()
 
 
-def _tokens(text: str, weight: float) -> list[Token]:
-    encoded = _tokenizer().encode(text, add_special_tokens=False)
-    tokens: list[Token] = []
-    seen = 0
-    for number, (start, end) in zip(encoded.ids, encoded.offsets, strict=True):
-        starts_word = start >= seen and (start == 0 or text[start - 1].isspace())
-        tokens.append(Token(number, text[max(start, seen) : end], starts_word, weight))
-        seen = max(seen, end)
-    return tokens
+@cache
+def vocabulary() -> dict[str, int]:
+    """The pieces of words that CLIP knows, with their numbers; ``</w>`` ends a word."""
+    pieces: dict[str, int] = json.loads((_FILES / "vocab.json").read_text(encoding="utf-8"))
+    return pieces
 
 
 @cache
-def _tokenizer() -> Any:
-    from tokenizers import Regex, Tokenizer, models, normalizers, pre_tokenizers
+def _tokenizer(new_words: tuple[str, ...]) -> Any:
+    from tokenizers import AddedToken, Regex, Tokenizer, models, normalizers, pre_tokenizers
 
-    vocabulary = json.loads((_FILES / "vocab.json").read_text(encoding="utf-8"))
     # The first line tells the version.
     lines = (_FILES / "merges.txt").read_text(encoding="utf-8").split("\n")[1:]
     merges = [(first, second) for first, _, second in (line.partition(" ") for line in lines if line)]
     tokenizer = Tokenizer(
         models.BPE(
-            vocab=vocabulary,
+            vocab=vocabulary(),
             merges=merges,
             continuing_subword_prefix="",
             end_of_word_suffix=_END_OF_WORD,
@@ -110,4 +117,5 @@ def _tokenizer() -> Any:
         ]
     )
     tokenizer.add_special_tokens([_BEGINNING_OF_TEXT, _END_OF_TEXT])
+    tokenizer.add_tokens([AddedToken(word, single_word=True) for word in new_words])
     return tokenizer

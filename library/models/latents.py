@@ -27,11 +27,11 @@ def encode_images(vae: Any, pixels: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def encoder_digest(vae: Any) -> str:
-    """BLAKE2b, 64 bits in hexadecimal, of all that decides what :func:`encode_images` gives: weights and precision.
+    """BLAKE2b, 64 bits in hexadecimal, of what decides :func:`encode_images`: weights, precision and tiling.
 
     The decoder is left out, so that VAEs that differ in it alone, as SD's improved ones do, share their latents.
     """
-    digest = hashlib.blake2b(digest_size=8)
+    digest = hashlib.blake2b(b"tiled" if vae.use_tiling else b"", digest_size=8)
     for name, tensor in sorted(vae.state_dict().items()):
         if name.startswith(("encoder.", "quant_conv.")):
             digest.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}".encode())

@@ -1,10 +1,10 @@
 """Single-file checkpoints: take one apart into the weights of its parts, and put one together."""
 
 import json
-from collections.abc import Mapping
+from collections.abc import Container, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Final
 
 import torch
 from torch import Tensor
@@ -24,6 +24,8 @@ from library.models.structure import (
 )
 from library.models.variant import Family
 
+_VAE_HALVES: Final = ("encoder.", "decoder.", "quant_conv.", "post_quant_conv.")
+
 
 @dataclass(frozen=True, slots=True)
 class PartWeights:
@@ -31,6 +33,14 @@ class PartWeights:
 
     config: Config
     tensors: dict[str, Tensor]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Progress:
+    """How far training has come, as torch checkpoints say it: finished optimizer steps and epochs."""
+
+    step: int
+    epoch: int
 
 
 def split_checkpoint(file: TensorFile, family: Family, *, where: str) -> dict[str, PartWeights]:
@@ -61,8 +71,7 @@ def vae_of_checkpoint(file: TensorFile, *, where: str, beside: Path | None = Non
     """
     check_vae(file.tensors, where=where)
     tensors = _below(file.tensors, ldm_keys.VAE_PREFIX) or file.tensors
-    halves = ("encoder.", "decoder.", "quant_conv.", "post_quant_conv.")
-    vae = {name: tensor for name, tensor in tensors.items() if name.startswith(halves)}
+    vae = {name: tensor for name, tensor in tensors.items() if name.startswith(_VAE_HALVES)}
     config = carried_structure({**file.metadata, **file.extra}, where=where).get("vae")
     if any(name.startswith("encoder.down_blocks.") for name in vae):
         vae = ldm_keys.vae_from_folder(vae)
@@ -73,11 +82,11 @@ def vae_of_checkpoint(file: TensorFile, *, where: str, beside: Path | None = Non
     return PartWeights(config or vae_config(_shapes(vae), where=where), vae)
 
 
-def ldm_state(*, text_encoder: Any, vae: Any, unet: Any, v2: bool) -> dict[str, Tensor]:
-    """The weights of a whole model under a checkpoint's names, as no earlier checkpoint is there to complete.
+def ldm_state(*, text_encoder: Any, vae: Any, unet: Any, v2: bool, stand_ins: bool = True) -> dict[str, Tensor]:
+    """The weights of a whole model under a checkpoint's names.
 
-    SD1 has the 1130 names of its kind; SD2 has 1228, with stand-ins for what Stable Diffusion doesn't use
-    (:func:`library.models.ldm_keys.text_to_sd2`).
+    SD1 has the 1130 names of its kind; SD2 has 1214, and 1228 with ``stand_ins`` for what Stable Diffusion doesn't use
+    (:func:`library.models.ldm_keys.text_to_sd2`), as no earlier checkpoint is there to take them from.
     """
     text = text_encoder.state_dict()
     parts = (
@@ -85,7 +94,7 @@ def ldm_state(*, text_encoder: Any, vae: Any, unet: Any, v2: bool) -> dict[str, 
         (ldm_keys.VAE_PREFIX, ldm_keys.vae_to_ldm(vae.state_dict())),
         (
             ldm_keys.SD2_TEXT_PREFIX if v2 else ldm_keys.SD1_TEXT_PREFIX,
-            ldm_keys.text_to_sd2(text) if v2 else ldm_keys.text_to_sd1(text),
+            ldm_keys.text_to_sd2(text, stand_ins=stand_ins) if v2 else ldm_keys.text_to_sd1(text),
         ),
     )
     return {prefix + name: tensor for prefix, tensors in parts for name, tensor in tensors.items()}
@@ -100,6 +109,23 @@ def ldm_structure(*, text_encoder: Any, vae: Any, unet: Any, v2: bool) -> dict[s
     return {CONFIG_KEY: stated} if stated else {}
 
 
+def carried_over(source: TensorFile, written: Container[str]) -> dict[str, Tensor]:
+    """What of a source checkpoint goes unchanged into a file made from it: all but the weights of the three parts.
+
+    Args:
+        source: The checkpoint that the model came from.
+        written: The names that the new file has already.
+    """
+    parts = (ldm_keys.UNET_PREFIX, *(ldm_keys.VAE_PREFIX + half for half in _VAE_HALVES))
+
+    def is_replaced(name: str) -> bool:
+        # Some files of SD1 lack this piece of the text encoder's names.
+        usual = f"{ldm_keys.SD1_TEXT_PREFIX}text_model.{name.removeprefix(ldm_keys.SD1_TEXT_PREFIX)}"
+        return name in written or name.startswith(parts) or usual in written
+
+    return {name: tensor for name, tensor in source.tensors.items() if not is_replaced(name)}
+
+
 def write_ldm(
     path: Path,
     *,
@@ -109,6 +135,8 @@ def write_ldm(
     v2: bool,
     dtype: torch.dtype | None = None,
     metadata: Mapping[str, str] | None = None,
+    source: TensorFile | None = None,
+    progress: Progress | None = None,
 ) -> None:
     """Write a whole model as one file; the suffix chooses the format, ``.safetensors`` or a torch file.
 
@@ -120,18 +148,27 @@ def write_ldm(
         v2: Whether the model is an SD2, whose file has OpenCLIP's layout.
         dtype: Cast the weights to it; as they are when absent.
         metadata: Text for the safetensors header.
+        source: The checkpoint that the model came from; what it has besides goes into the new file as it is.
+        progress: For a torch file: how much was trained, in addition to what the source says of itself.
 
     Raises:
         UserError: A weight is not finite, or the file cannot be written.
     """
     parts = {"text_encoder": text_encoder, "vae": vae, "unet": unet, "v2": v2}
-    # Only numbers with a fraction are cast: the logit scale of an SD2 file is an integer.
-    tensors = {n: t.to(dtype) if t.is_floating_point() else t for n, t in ldm_state(**parts).items()}
+    tensors = ldm_state(**parts, stand_ins=source is None)
+    kept = carried_over(source, tensors) if source else {}
     structure = ldm_structure(**parts)
     if path.suffix.lower() == ".safetensors":
-        write_tensors(path, tensors, metadata={"format": "pt", **(metadata or {}), **structure})
+        header = {"format": "pt", **(metadata or {}), **structure}
+        write_tensors(path, tensors, kept=kept, dtype=dtype, metadata=header)
     else:
-        write_tensors(path, tensors, extra=structure)
+        counts = _counts(progress, source.extra if source else {}) if progress else {}
+        write_tensors(path, tensors, kept=kept, dtype=dtype, extra={**counts, **structure})
+
+
+def _counts(progress: Progress, before: Mapping[str, Any]) -> dict[str, int]:
+    counts = {"epoch": progress.epoch, "global_step": progress.step}
+    return {name: n + before[name] if isinstance(before.get(name), int) else n for name, n in counts.items()}
 
 
 def _text_encoder(tensors: dict[str, Tensor], family: Family, carried: Config | None, where: str) -> PartWeights:

@@ -136,14 +136,15 @@ def text_from_sd2(tensors: "Mapping[str, Tensor]", *, layers: int) -> "dict[str,
     return result
 
 
-def text_to_sd2(tensors: "Mapping[str, Tensor]") -> "dict[str, Tensor]":
-    """A text encoder in OpenCLIP's layout, with stand-ins for what the layout has and Stable Diffusion doesn't use.
+def text_to_sd2(tensors: "Mapping[str, Tensor]", *, stand_ins: bool = True) -> "dict[str, Tensor]":
+    """A text encoder in OpenCLIP's layout.
 
-    The layer after the last is a copy of the last, the text projection is all ones and the logit scale is 1: what
-    existing programs write when there is no original to take them from.
+    Args:
+        tensors: The text encoder's state dict.
+        stand_ins: Add what the layout has and Stable Diffusion doesn't use. The layer after the last is a copy of the
+            last, the text projection is all ones and the logit scale is 1: what existing programs write when there is
+            no original to take them from.
     """
-    import torch
-
     top = {new: old for old, new in _TEXT_TOP.items()}
     result = {top[name]: tensor for name, tensor in tensors.items() if name in top}
     layers: dict[int, dict[str, Tensor]] = {}
@@ -155,9 +156,14 @@ def text_to_sd2(tensors: "Mapping[str, Tensor]") -> "dict[str, Tensor]":
             result[name] = tensor
     for number, layer in layers.items():
         result |= _text_layer_to_sd2(number, layer)
+    return result | _stand_ins(layers, tensors["final_layer_norm.weight"]) if stand_ins else result
+
+
+def _stand_ins(layers: "Mapping[int, Mapping[str, Tensor]]", like: "Tensor") -> "dict[str, Tensor]":
+    import torch
+
     last = max(layers)
-    result |= {name: tensor.clone() for name, tensor in _text_layer_to_sd2(last + 1, layers[last]).items()}
-    like = tensors["final_layer_norm.weight"]
+    result = {name: tensor.clone() for name, tensor in _text_layer_to_sd2(last + 1, layers[last]).items()}
     result["text_projection"] = torch.ones(len(like), len(like), dtype=like.dtype, device=like.device)
     result["logit_scale"] = torch.tensor(1, device=like.device)
     return result

@@ -31,6 +31,17 @@ class ModelOptions:
     no_half_vae: bool = option(
         False, help="Keep the VAE in 32 bits under mixed precision; cures black images and NaN latents."
     )
+    vae_slicing: bool = option(False, help="Let the VAE work on one image at a time, whatever the batch: less memory.")
+    vae_tiling: bool = option(
+        False,
+        help="Let the VAE work on large images in overlapping tiles: less memory; latents of images larger than a tile "
+        "(512 pixels) change a little.",
+    )
+    channels_last: bool = option(
+        False,
+        help="Keep the channels of a pixel together in memory, in U-Net and VAE: faster convolutions on GPUs with "
+        "tensor cores; results change by rounding only.",
+    )
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)

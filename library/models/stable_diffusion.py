@@ -24,6 +24,7 @@ from library.models.detect import (
 from library.models.hub import fetch_model, fetch_vae
 from library.models.ldm_file import PartWeights, split_checkpoint, vae_of_checkpoint
 from library.models.options import ModelOptions, PromptOptions
+from library.models.origin import Origin, origin_of
 from library.models.parts import build_text_encoder, build_unet, build_vae
 from library.models.recognise import MODEL_FLAG, VAE_FLAG, checkpoint_family
 from library.models.tokenizer import has_tokenizer, load_tokenizer, read_tokenizer, tokenizer_folders
@@ -43,6 +44,7 @@ class StableDiffusion:
         unet: A ``UNet2DConditionModel``.
         variant: What kind of Stable Diffusion it is.
         source: The file's or folder's name, or the hub id: never a path.
+        origin: The file or folder itself, for saving; None for a model that was made in memory.
     """
 
     tokenizer: Any
@@ -51,10 +53,16 @@ class StableDiffusion:
     unet: Any
     variant: Variant
     source: str
+    origin: Origin | None = None
 
 
 def load_stable_diffusion(
-    model: ModelOptions, prompts: PromptOptions, *, dtype: torch.dtype = torch.float32
+    model: ModelOptions,
+    prompts: PromptOptions,
+    *,
+    dtype: torch.dtype = torch.float32,
+    unet_dtype: torch.dtype | None = None,
+    text_encoder_dtype: torch.dtype | None = None,
 ) -> StableDiffusion:
     """Load the base model, with the VAE replaced where ``--vae`` says so.
 
@@ -65,6 +73,8 @@ def load_stable_diffusion(
         model: Where the model is and what it is.
         prompts: ``tokenizer_cache_dir`` is read from it.
         dtype: What the weights become; the VAE's stay in float32 with ``--no_half_vae``.
+        unet_dtype: What the U-Net's weights become, where it is another dtype.
+        text_encoder_dtype: What the text encoder's weights become, where it is another dtype.
 
     Raises:
         UserError: Nothing usable there, or ``--v2`` contradicts what is there.
@@ -73,6 +83,8 @@ def load_stable_diffusion(
     if facts.kind == "hub":
         facts = replace(describe_source(str(fetch_model(facts.name))), name=facts.name)
     raise_if_any(family_problems(facts, model))
+    assert facts.path, "what is loaded has a path"
+    origin = origin_of(facts.path)
     weights = _read_file(facts, model) if facts.kind == "file" else _read_folder(facts)
     for notice in prediction_notices(facts, model):
         _LOG.warning(notice)
@@ -85,19 +97,32 @@ def load_stable_diffusion(
     if family == "sd2":
         # The same numbers either way, and adapters of SD2 are shaped for matrices.
         unet.config["use_linear_projection"] = True
-    text_encoder = build_text_encoder(text.config, text.tensors, dtype=dtype, where=where)
+    text_encoder = build_text_encoder(text.config, text.tensors, dtype=text_encoder_dtype or dtype, where=where)
     width, vocabulary = text_encoder.config.hidden_size, text_encoder.config.vocab_size
     loaded = StableDiffusion(
         tokenizer=_tokenizer(facts, prompts, family, vocabulary),
         text_encoder=text_encoder,
         # Some VAEs overflow in 16 bits.
         vae=build_vae(vae.config, vae.tensors, dtype=torch.float32 if model.no_half_vae else dtype, where=vae_where),
-        unet=build_unet(unet.config, unet.tensors, dtype=dtype, where=where),
+        unet=build_unet(unet.config, unet.tensors, dtype=unet_dtype or dtype, where=where),
         variant=variant_of(v2=model.v2, v_parameterization=model.v_parameterization, text_width=width),
         source=facts.name,
+        origin=origin,
     )
     raise_if_any(_mismatches(loaded, where, vae_where))
+    _settle(loaded, model)
     return loaded
+
+
+def _settle(loaded: StableDiffusion, model: ModelOptions) -> None:
+    """Set how the modules compute, which changes their results little or not at all."""
+    if model.vae_slicing:
+        loaded.vae.enable_slicing()
+    if model.vae_tiling:
+        loaded.vae.enable_tiling()
+    if model.channels_last:
+        for part in (loaded.unet, loaded.vae):
+            part.to(memory_format=torch.channels_last)
 
 
 def _read_file(facts: SourceFacts, model: ModelOptions) -> dict[str, PartWeights]:

@@ -7,13 +7,13 @@ from pathlib import Path
 from typing import Final
 
 from library.training.naming import OutputNames, SavePlan, SavePoint
-from library.training.options import PreviewOptions, SaveOptions
+from library.training.options import EmaOptions, PreviewOptions, SaveOptions
 from library.training.privacy import shown_path
 from library.training.progress import Moment, RunLength
 
 _MOST_NAMED: Final = 4
 _BYTES_OF: Final = {None: 4, "float": 4, "fp16": 2, "bf16": 2}
-# A state keeps the weights, and of Adam, whose states are the largest, two averages of each.
+# A state keeps the weights, and of Adam, whose states are the largest, two averages of each; with --ema, one more.
 _VALUES_IN_STATE: Final = 3
 
 
@@ -71,6 +71,9 @@ def saving_lines(
     *,
     start_step: int = 0,
     trained_values: int | None = None,
+    saved_values: int | None = None,
+    ema: EmaOptions | None = None,
+    keeps_best: bool = False,
 ) -> list[str]:
     """What is saved when, and the disk it needs.
 
@@ -80,14 +83,28 @@ def saving_lines(
         length: Length of the run.
         start_step: Steps already done.
         trained_values: Number of trained weights, where it is known: it decides the size of the files.
+        saved_values: Number of weights in a saved model, where it is another.
+        ema: Whether the average of the weights is saved, too, or instead.
+        keeps_best: The best model stays, however old.
     """
+    ema = ema or EmaOptions()
     models = forecast(SavePlan.for_models(options, length.epochs), length, start_step=start_step)
     states = _state_forecast(options, length, start_step)
-    lines = [f"saving in {shown_path(names.folder)}:", _files_line("models", models, names.model)]
+    lines = [f"saving in {shown_path(names.folder)}:"]
+    if "model" in ema.saved:
+        lines.append(_files_line("models", models, names.model))
+    if "ema" in ema.saved:
+        lines.append(_files_line("averages", models, names.of_average().model))
     if states.points:
         lines.append(_files_line("states", states, names.state))
-    lines.append(_disk_line(options, names.folder, models, states, trained_values))
-    return lines
+    best = int(keeps_best and len(models.kept) < len(models.points))
+    disk = _Disk(
+        models=models.most * len(ema.saved) + best,
+        states=states.most,
+        model=None if trained_values is None else (saved_values or trained_values) * _BYTES_OF[options.save_precision],
+        state=None if trained_values is None else trained_values * 4 * (_VALUES_IN_STATE + ema.ema),
+    )
+    return [*lines, disk.line(names.folder)]
 
 
 def _state_forecast(options: SaveOptions, length: RunLength, start_step: int) -> SaveForecast:
@@ -104,19 +121,24 @@ def _files_line(kind: str, saves: SaveForecast, path_of: Callable[[SavePoint], P
     return f"  {kind}: {', '.join(shown)} ({len(names)} saved{kept})"
 
 
-def _disk_line(
-    options: SaveOptions, folder: Path, models: SaveForecast, states: SaveForecast, trained_values: int | None
-) -> str:
-    free = f"{_size(shutil.disk_usage(_existing(folder)).free)} free"
-    if trained_values is None:
-        return f"  disk: {models.most} models and {states.most} states at most, of unknown size; {free}"
-    model = trained_values * _BYTES_OF[options.save_precision]
-    state = trained_values * 4 * _VALUES_IN_STATE
-    need = models.most * model + states.most * state
-    parts = f"{models.most} models of {_size(model)}"
-    if states.most:
-        parts += f", {states.most} states of up to {_size(state)}"
-    return f"  disk: about {_size(need)} at most ({parts}); {free}"
+@dataclass(frozen=True, slots=True, kw_only=True)
+class _Disk:
+    """The most models and states that are there at a time, and the bytes of each, where they are known."""
+
+    models: int
+    states: int
+    model: int | None
+    state: int | None
+
+    def line(self, folder: Path) -> str:
+        free = f"{_size(shutil.disk_usage(_existing(folder)).free)} free"
+        if self.model is None or self.state is None:
+            return f"  disk: {self.models} models and {self.states} states at most, of unknown size; {free}"
+        need = self.models * self.model + self.states * self.state
+        parts = f"{self.models} models of {_size(self.model)}"
+        if self.states:
+            parts += f", {self.states} states of up to {_size(self.state)}"
+        return f"  disk: about {_size(need)} at most ({parts}); {free}"
 
 
 def _existing(folder: Path) -> Path:

@@ -1,6 +1,5 @@
 """The training loop: the only one, for every method. It knows steps, and nothing of diffusion."""
 
-import math
 import random
 import signal
 import threading
@@ -19,8 +18,10 @@ from library.errors import UserError
 from library.randomness import key
 from library.runtime import Runtime
 from library.training.method import Hook, MicroBatch, StepShape, TrainingMethod
+from library.training.optimizers import FOUND_RATE, learning_rates
 from library.training.progress import Moment, RunLength
 from library.training.tracking import LossAverage
+from library.training.updates import StepFacts, Update
 
 MOST_SKIPPED: Final = 40
 """Steps in a row that an fp16 scaler may leave out: it halves its scale, 2^16 to begin with, each time."""
@@ -70,9 +71,9 @@ def fit(
     shape_of: Callable[[int], StepShape],
     optimizer: Any,
     schedule: LRScheduler,
+    update: Update,
     runtime: Runtime,
     start_step: int = 0,
-    max_grad_norm: float = 1.0,
     hooks: Sequence[Hook] = (),
     name_examples: Callable[[Sequence[int]], Sequence[str]] = lambda examples: list(map(str, examples)),
     interruption: Interruption | None = None,
@@ -87,9 +88,9 @@ def fit(
         optimizer: The prepared optimizer.
         schedule: The learning rates, advanced once an optimizer step; not prepared (Accelerate would advance it once
             a process).
+        update: How gradients change the weights.
         runtime: Processes and precision.
         start_step: Number of steps already done.
-        max_grad_norm: Gradients are scaled down to this norm; 0 leaves them.
         hooks: Called in order after every step.
         name_examples: File names for the numbers of examples, for messages.
         interruption: Asked after every step whether to stop.
@@ -119,11 +120,12 @@ def fit(
                 raise
             assert micro_batches, "the plan promised more batches"
             assert {batch.step for batch in micro_batches} == {step}, "batches are not those of the step"
-            loss, stop = _accumulate(method.module, micro_batches, shape, runtime, interruption)
-            rates = _learning_rates(optimizer)
+            with update.watching(step):
+                loss, stop = _accumulate(method.module, micro_batches, shape, runtime, interruption)
+            rates = learning_rates(optimizer)
             names = _Names(name_examples, micro_batches)
-            gradient_norm = _update(optimizer, runtime, max_grad_norm, loss, step, names)
-            skipped = skipped + 1 if optimizer.step_was_skipped else 0
+            gradient_norm = update.apply(StepFacts(step=step, loss=loss, images=names))
+            skipped = skipped + 1 if update.was_skipped else 0
             _check_skipped(skipped, names)
             schedule.step()
             epoch = length.epoch_of(step)
@@ -139,6 +141,7 @@ def fit(
                 learning_rates=rates,
                 metrics={**method.after_step(step), "gradient_norm": gradient_norm},
                 interrupted=stop,
+                skipped=update.was_skipped,
             )
             progress.set_postfix(avr_loss=f"{average.value:.4f}", lr=_shown_rate(rates), refresh=False)
             progress.update()
@@ -190,33 +193,6 @@ def _accumulate(
     return float(total[0]) / shape.examples, bool(total[1] > 0)
 
 
-def _update(
-    optimizer: Any,
-    runtime: Runtime,
-    max_grad_norm: float,
-    loss: float,
-    step: int,
-    names: _Names,
-) -> float:
-    """Check, clip, step; returns the norm of the gradient before clipping."""
-    parameters = [parameter for group in optimizer.param_groups for parameter in group["params"]]
-    limit = max_grad_norm if max_grad_norm > 0 else math.inf
-    norm = float(runtime.accelerator.clip_grad_norm_(parameters, limit))
-    # An fp16 gradient may overflow: the scaler then skips the step and lowers its scale.
-    scaled = runtime.accelerator.scaler is not None
-    if not math.isfinite(loss) or not (scaled or math.isfinite(norm)):
-        what = "loss" if not math.isfinite(loss) else "gradient"
-        raise UserError(
-            f"the {what} is not finite at step {step + 1} (loss {loss}, gradient norm {norm}); the step was not made",
-            where=f"images: {names}",
-            remedy="Lower the learning rate, check these images, or use bf16 or fp32 instead of fp16. "
-            "What was saved before is good.",
-        )
-    optimizer.step()
-    optimizer.zero_grad(set_to_none=True)
-    return norm
-
-
 def _check_skipped(skipped: int, names: _Names) -> None:
     """End a run whose fp16 gradients overflow whatever the scale.
 
@@ -231,14 +207,8 @@ def _check_skipped(skipped: int, names: _Names) -> None:
         )
 
 
-def _learning_rates(optimizer: Any) -> dict[str, float]:
-    return {
-        str(group.get("name", f"group{number}")): float(group["lr"])
-        for number, group in enumerate(optimizer.param_groups)
-    }
-
-
 def _shown_rate(rates: dict[str, float]) -> str:
-    """One number when all groups share a rate, otherwise the range."""
-    low, high = min(rates.values()), max(rates.values())
+    """One number when all groups share a rate, otherwise the range; of rates that are found, those."""
+    found = [rate for name, rate in rates.items() if name.startswith(FOUND_RATE)] or list(rates.values())
+    low, high = min(found), max(found)
     return f"{low:.2e}" if low == high else f"{low:.1e}..{high:.1e}"

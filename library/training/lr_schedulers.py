@@ -12,11 +12,12 @@ from typing import TYPE_CHECKING, Final
 
 from library.errors import Problem, UserError, raise_if_any
 from library.training.arguments import choose_from, read_arguments, unknown_names
-from library.training.options import SchedulerOptions
+from library.training.options import RELATIVE_STEP, SchedulerOptions
+from library.training.schedule_classes import build_schedule_class, check_schedule_class
 
 if TYPE_CHECKING:
     import torch
-    from torch.optim.lr_scheduler import LambdaLR
+    from torch.optim.lr_scheduler import LRScheduler
 
 logger = logging.getLogger(__name__)
 
@@ -158,20 +159,19 @@ _OWN_OPTIONS: Final = frozenset({"step", "warmup_steps", "total_steps", "decay_s
 
 def check_lr_scheduler(options: SchedulerOptions) -> list[Problem]:
     """What is wrong with the schedule's name or arguments; imports nothing heavy."""
+    if options.lr_scheduler_type:
+        return check_schedule_class(options)
     name = options.lr_scheduler
+    if is_relative_step(name):
+        return _warmup_problems(options, name) + _relative_step_problems(options)
     schedule = _SCHEDULES.get(name)
     if schedule is None:
         what = f"the schedule {name!r} is not known"
-        return [Problem(what, where="--lr_scheduler", remedy=choose_from(name, _SCHEDULES, "Available"))]
+        remedy = choose_from(name, [*_SCHEDULES, RELATIVE_STEP], "Available")
+        return [Problem(what, where="--lr_scheduler", remedy=remedy)]
     problems = _argument_problems(options, schedule)
-    if options.lr_warmup_steps and "warmup_steps" not in inspect.signature(schedule).parameters:
-        problems.append(
-            Problem(
-                f"the schedule {name} has no warm-up, but --lr_warmup_steps is {options.lr_warmup_steps}",
-                where="--lr_warmup_steps",
-                remedy="Use --lr_scheduler constant_with_warmup, or leave --lr_warmup_steps out.",
-            )
-        )
+    if "warmup_steps" not in inspect.signature(schedule).parameters:
+        problems += _warmup_problems(options, name)
     if schedule is cosine_with_min_lr and options.lr_scheduler_min_lr_ratio is None:
         problems.append(
             Problem(
@@ -181,6 +181,40 @@ def check_lr_scheduler(options: SchedulerOptions) -> list[Problem]:
             )
         )
     return problems
+
+
+def is_relative_step(name: str) -> bool:
+    """Whether the schedule ``name`` is Adafactor's own, ``adafactor`` or ``adafactor:<rate>``."""
+    return name.partition(":")[0] == RELATIVE_STEP
+
+
+def _relative_step_problems(options: SchedulerOptions) -> list[Problem]:
+    given, problems = _read_scheduler_arguments(options)
+    problems += unknown_names(given, [], flag=_ARGS_FLAG, owner=RELATIVE_STEP)
+    _, colon, rate = options.lr_scheduler.partition(":")
+    if colon and not _is_rate(rate):
+        what = f"--lr_scheduler {options.lr_scheduler}: {rate!r} is not a learning rate"
+        problems.append(Problem(what, where="--lr_scheduler", remedy="For instance --lr_scheduler adafactor:0.001."))
+    return problems
+
+
+def _is_rate(text: str) -> bool:
+    try:
+        return math.isfinite(float(text)) and float(text) >= 0
+    except ValueError:
+        return False
+
+
+def _warmup_problems(options: SchedulerOptions, name: str) -> list[Problem]:
+    if not options.lr_warmup_steps:
+        return []
+    return [
+        Problem(
+            f"the schedule {name} has no warm-up, but --lr_warmup_steps is {options.lr_warmup_steps}",
+            where="--lr_warmup_steps",
+            remedy="Use --lr_scheduler constant_with_warmup, or leave --lr_warmup_steps out.",
+        )
+    ]
 
 
 def _argument_problems(options: SchedulerOptions, schedule: Callable[..., float]) -> list[Problem]:
@@ -233,6 +267,7 @@ def multiplier_for(options: SchedulerOptions, total_steps: int, *, initial_lr: f
         UserError: The options contradict each other.
     """
     raise_if_any(check_lr_scheduler(options))
+    assert not options.lr_scheduler_type, "a class has no factor of its own"
     schedule = _SCHEDULES[options.lr_scheduler]
     cycles = options.lr_scheduler_num_cycles
     offered: dict[str, object] = {
@@ -259,7 +294,9 @@ def multiplier_for(options: SchedulerOptions, total_steps: int, *, initial_lr: f
     return multiplier
 
 
-def build_lr_scheduler(options: SchedulerOptions, optimizer: "torch.optim.Optimizer", total_steps: int) -> "LambdaLR":
+def build_lr_scheduler(
+    options: SchedulerOptions, optimizer: "torch.optim.Optimizer", total_steps: int
+) -> "LRScheduler":
     """The scheduler over all groups of ``optimizer``; call its ``step()`` once an optimizer step.
 
     It must not be prepared by Accelerate, which would advance it once a process.
@@ -267,8 +304,16 @@ def build_lr_scheduler(options: SchedulerOptions, optimizer: "torch.optim.Optimi
     Raises:
         UserError: The options contradict each other.
     """
+    raise_if_any(check_lr_scheduler(options))
+    if options.lr_scheduler_type:
+        return build_schedule_class(options, optimizer, total_steps)
     from torch.optim.lr_scheduler import LambdaLR
 
+    from library.training.relative_step import RelativeStepReport
+
+    if is_relative_step(options.lr_scheduler):
+        rate = options.lr_scheduler.partition(":")[2]
+        return RelativeStepReport(optimizer, float(rate or 0.0))
     if in_steps(options.lr_warmup_steps, total_steps) >= total_steps:
         logger.warning(
             "the warm-up (%s) is not over at the end of the run (%d steps): the full learning rate is never reached",

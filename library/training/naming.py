@@ -1,7 +1,7 @@
 """Names of results and states, when they are due, and which older ones they replace."""
 
 import os
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Literal
 
@@ -47,6 +47,10 @@ class OutputNames:
     def state(self, point: SavePoint) -> Path:
         """Folder of the state saved at ``point``."""
         return self.folder / f"{self._stem(point)}-state"
+
+    def of_average(self) -> "OutputNames":
+        """The same names, for the average of the weights: ``-ema`` stands before the suffix."""
+        return replace(self, suffix=f"-ema{self.suffix}")
 
     def _stem(self, point: SavePoint) -> str:
         if point.kind == "epoch":

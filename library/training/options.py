@@ -1,18 +1,43 @@
 """Options of a run's length, optimizer, schedule, files, log and previews. Imports nothing heavy."""
 
-from dataclasses import dataclass, replace
+import re
+from dataclasses import dataclass, fields, replace
 from pathlib import Path
 from typing import Final
 
 from library.errors import Problem
 from library.options import option, parse_int_or_float, repeated_keys
+from library.training.log_options import SAMPLER_NAMES as SAMPLER_NAMES
+from library.training.log_options import LoggingOptions as LoggingOptions
+from library.training.log_options import PreviewOptions as PreviewOptions
+from library.training.log_options import flags
 
 DEFAULT_TRAIN_STEPS: Final = 1600
-_SCHEDULERS = "the complete list of learning rate schedules"
-_WANDB = "logging to Weights & Biases"
-_HUB = "uploading to the Hugging Face hub"
+LR_SCHEDULERS: Final = (
+    "constant",
+    "constant_with_warmup",
+    "linear",
+    "cosine",
+    "cosine_with_restarts",
+    "polynomial",
+    "piecewise_constant",
+    "inverse_sqrt",
+    "cosine_with_min_lr",
+    "warmup_stable_decay",
+)
+RELATIVE_STEP: Final = "adafactor"
+"""The schedule that AdaFactor has of its own; it may be followed by a colon and the rate shown at first."""
 _SKIP = "starting at a chosen step"
 _OFF: Final = {0: None}
+
+
+def _known_schedule(name: str) -> str | None:
+    known = name in LR_SCHEDULERS or name.partition(":")[0] == RELATIVE_STEP
+    return None if known else f"allows {', '.join(LR_SCHEDULERS)}, {RELATIVE_STEP}"
+
+
+def _below_1(value: float) -> str | None:
+    return None if value < 1 else "must be below 1: an average that keeps all of itself never changes"
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -44,7 +69,8 @@ class OptimizerOptions:
     optimizer_type: str = option(
         "",
         metavar="NAME",
-        help="AdamW (used when absent), AdamW8bit, Lion or SGDNesterov; upper and lower case are the same.",
+        help="AdamW (used when absent), AdamW8bit, Lion, Prodigy, AdaFactor or another of docs/optimizers.md (upper "
+        "and lower case are the same), a class of torch.optim, or an import path: package.module.Class.",
     )
     use_8bit_adam: bool = option(False, help="Old spelling of --optimizer_type AdamW8bit.")
     use_lion_optimizer: bool = option(False, help="Old spelling of --optimizer_type Lion.")
@@ -59,9 +85,27 @@ class OptimizerOptions:
         metavar="KEY=VALUE",
         help="Further arguments of the optimizer, each a Python value, for example: weight_decay=0.01 betas=0.9,0.99",
     )
+    fused_backward_pass: bool = option(
+        False,
+        help="Update each weight as soon as its gradient is known, and free the gradient: far less memory for "
+        "fine_tune.py and train_db.py. Needs --max_grad_norm 0, one batch a step and one process.",
+    )
 
     def problems(self) -> list[Problem]:
-        """Optimizers named twice."""
+        """Optimizers named twice, and limiting a gradient that is never whole."""
+        found = []
+        if self.fused_backward_pass and self.max_grad_norm > 0:
+            found.append(
+                Problem(
+                    f"--fused_backward_pass cannot keep the gradient's norm below {self.max_grad_norm:g}: gradients "
+                    "are used one by one",
+                    "--fused_backward_pass, --max_grad_norm",
+                    "Add --max_grad_norm 0.",
+                )
+            )
+        return found + self._named_twice()
+
+    def _named_twice(self) -> list[Problem]:
         asked = [name for name in ("use_8bit_adam", "use_lion_optimizer") if getattr(self, name)]
         if self.optimizer_type:
             asked.append("optimizer_type")
@@ -71,18 +115,13 @@ class OptimizerOptions:
         return [Problem(f"{names} each choose an optimizer", f"--{asked[0]}", "Keep --optimizer_type only.")]
 
     def notices(self) -> list[str]:
-        """What an old spelling means, repeated arguments, and a rate that hardly trains."""
+        """What an old spelling means, and repeated arguments."""
         found = [
             f"--{flag} means --optimizer_type {name}"
             for flag, name in (("use_8bit_adam", "AdamW8bit"), ("use_lion_optimizer", "Lion"))
             if getattr(self, flag)
         ]
         found += repeated_keys(self.optimizer_args, "--optimizer_args")
-        if self.optimizer_type.lower().startswith(("dadapt", "prodigy")) and self.learning_rate <= 0.1:
-            found.append(
-                f"--learning_rate {self.learning_rate:g} is very low for {self.optimizer_type}, which finds the rate "
-                "itself and multiplies it by this one: 1.0 is usual"
-            )
         return found
 
     def settled(self) -> "OptimizerOptions":
@@ -107,27 +146,19 @@ class SchedulerOptions:
 
     lr_scheduler: str = option(
         "constant",
-        choices=(
-            "constant",
-            "constant_with_warmup",
-            "linear",
-            "cosine",
-            "cosine_with_restarts",
-            "polynomial",
-            "piecewise_constant",
-            "adafactor",
-            "inverse_sqrt",
-            "cosine_with_min_lr",
-            "warmup_stable_decay",
-        ),
-        later_values={"adafactor": _SCHEDULERS},
-        help="How the learning rate changes over the run.",
+        metavar="NAME",
+        check=_known_schedule,
+        help=f"How the learning rate changes over the run: {', '.join(LR_SCHEDULERS)}, or {RELATIVE_STEP}.",
     )
     lr_scheduler_type: str = option(
-        "", metavar="CLASS", later=_SCHEDULERS, help="Class of a schedule of your own, used in place of --lr_scheduler."
+        "",
+        metavar="CLASS",
+        help="Class of a schedule, used in place of --lr_scheduler: one of torch.optim.lr_scheduler, or an import "
+        "path: package.module.Class. It is made with --lr_scheduler_args, and advances once an optimizer step.",
     )
     lr_scheduler_args: tuple[str, ...] = option(
         (),
+        flag_aliases=("scheduler_args",),
         metavar="KEY=VALUE",
         help="Further arguments of the schedule, each a Python value; piecewise_constant needs "
         "step_rules, for example: step_rules=1:100,0.1:200,0.01",
@@ -165,9 +196,13 @@ class SchedulerOptions:
         unused = [
             f"--{name}"
             for name, schedules in _SCHEDULES_OF.items()
-            if getattr(self, name) != getattr(defaults, name) and self.lr_scheduler not in schedules
+            if getattr(self, name) != getattr(defaults, name)
+            and (self.lr_scheduler_type or self.lr_scheduler not in schedules)
         ]
-        found = [f"without effect with --lr_scheduler {self.lr_scheduler}: {', '.join(unused)}"] if unused else []
+        if self.lr_scheduler_type and self.lr_scheduler != defaults.lr_scheduler:
+            unused.append("--lr_scheduler")
+        chosen = f"_type {self.lr_scheduler_type}" if self.lr_scheduler_type else f" {self.lr_scheduler}"
+        found = [f"without effect with --lr_scheduler{chosen}: {', '.join(unused)}"] if unused else []
         return found + repeated_keys(self.lr_scheduler_args, "--lr_scheduler_args")
 
 
@@ -206,6 +241,63 @@ class SaveOptions:
     save_state: bool = option(False, help="Save, along with each file, a state that training can be resumed from.")
     save_state_on_train_end: bool = option(False, help="Save a state at the end of the run.")
 
+    def notices(self) -> list[str]:
+        """How many of what is not saved in between are kept."""
+        cadences = {
+            "--save_every_n_epochs": (
+                self.save_every_n_epochs or self.save_n_epoch_ratio,
+                ("save_last_n_epochs", "save_last_n_epochs_state"),
+            ),
+            "--save_every_n_steps": (self.save_every_n_steps, ("save_last_n_steps", "save_last_n_steps_state")),
+        }
+        found = []
+        for flag, (cadence, names) in cadences.items():
+            unused = [name for name in names if getattr(self, name) is not None]
+            if unused and not cadence:
+                found.append(f"without effect without {flag}: {flags(unused)}")
+        unused = [name for name in ("save_last_n_epochs_state", "save_last_n_steps_state") if getattr(self, name)]
+        if unused and not self.save_state:
+            found.append(f"without effect without --save_state: {flags(unused)}")
+        return found
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class EmaOptions:
+    """Average of the weights (EMA)."""
+
+    ema: bool = option(False, help="Keep an exponential moving average of the trained weights, and save that as well.")
+    ema_decay: float = option(
+        0.9999,
+        minimum=0,
+        check=_below_1,
+        metavar="RATE",
+        help="How much of the average stays at a step; in the first n steps it is (1 + n) / (10 + n), if that is less.",
+    )
+    ema_device: str = option(
+        "device",
+        choices=("device", "cpu"),
+        help="Where the average is kept: beside the trained weights, or in the memory of the CPU (slower).",
+    )
+    ema_save: str = option(
+        "both",
+        choices=("both", "ema", "model"),
+        help="Which files are written: the average (its name ends with -ema), the weights as trained, or both.",
+    )
+    ema_previews: bool = option(False, help="Make preview images with the average.")
+
+    @property
+    def saved(self) -> tuple[str, ...]:
+        """What is saved: "model", the weights as trained, "ema", their average, or both."""
+        return ("model", "ema") if self.ema and self.ema_save == "both" else (self.ema_save if self.ema else "model",)
+
+    def notices(self) -> list[str]:
+        """Settings of an average that is not kept."""
+        if self.ema:
+            return []
+        defaults = EmaOptions()
+        given = [one.name for one in fields(self) if getattr(self, one.name) != getattr(defaults, one.name)]
+        return [f"without effect without --ema: {', '.join(f'--{name}' for name in given)}"] if given else []
+
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class ResumeOptions:
@@ -223,8 +315,6 @@ class ResumeOptions:
 class MetadataOptions:
     """Metadata in the trained file."""
 
-    training_comment: str | None = option(None, metavar="TEXT", help="A remark of your own, stored in the file.")
-    no_metadata: bool = option(False, help="Store only the least that other programs need.")
     metadata_title: str | None = option(None, metavar="TEXT", help="Title; the output name when absent.")
     metadata_author: str | None = option(None, metavar="TEXT", help="Author.")
     metadata_description: str | None = option(None, metavar="TEXT", help="Description.")
@@ -243,101 +333,11 @@ class MetadataOptions:
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
-class LoggingOptions:
-    """Training log."""
+class RecordOptions:
+    """Record of the training in the trained file."""
 
-    logging_dir: Path | None = option(
-        None, metavar="DIR", help="Folder for TensorBoard logs; giving it switches logging on."
-    )
-    log_with: str | None = option(
-        None,
-        choices=("tensorboard", "wandb", "all"),
-        later_values={"wandb": _WANDB, "all": _WANDB},
-        help="What to log with; tensorboard when --logging_dir is given.",
-    )
-    log_prefix: str | None = option(None, metavar="TEXT", help="Put before the time stamp in the log folder's name.")
-    log_tracker_name: str | None = option(None, metavar="NAME", help="Name of the log within its folder.")
-    wandb_run_name: str | None = option(
-        None, metavar="NAME", help="Name of the run at Weights & Biases; without effect until that is available."
-    )
-    log_tracker_config: Path | None = option(
-        None, metavar="FILE", later=_WANDB, help="TOML file with settings of the loggers."
-    )
-    wandb_api_key: str | None = option(None, metavar="KEY", later=_WANDB, help="Key to log in to Weights & Biases.")
-    log_config: bool = option(False, help="Write the options of the run, without secrets and paths, to the log.")
-
-    def problems(self) -> list[Problem]:
-        """A logger without its folder."""
-        if self.log_with not in ("tensorboard", "all") or self.logging_dir is not None:
-            return []
-        return [Problem(f"--log_with {self.log_with} needs a folder", "--log_with", "Add --logging_dir FOLDER.")]
-
-
-SAMPLER_NAMES: Final = (
-    "ddim",
-    "pndm",
-    "lms",
-    "euler",
-    "euler_a",
-    "heun",
-    "dpm_2",
-    "dpm_2_a",
-    "dpmsolver",
-    "dpmsolver++",
-    "dpmsingle",
-    "k_lms",
-    "k_euler",
-    "k_euler_a",
-    "k_dpm_2",
-    "k_dpm_2_a",
-)
-
-
-@dataclass(frozen=True, kw_only=True, slots=True)
-class PreviewOptions:
-    """Preview images."""
-
-    sample_every_n_steps: int | None = option(None, metavar="N", help="Make preview images every N steps.")
-    sample_at_first: bool = option(False, help="Make preview images before the first step too.")
-    sample_every_n_epochs: int | None = option(
-        None, metavar="N", help="Make preview images every N epochs; wins over --sample_every_n_steps."
-    )
-    sample_prompts: Path | None = option(
-        None, metavar="FILE", help="Prompts of the preview images: .txt (one a line), .toml or .json."
-    )
-    sample_sampler: str = option("ddim", choices=SAMPLER_NAMES, help="Sampler of the preview images.")
-
-    def problems(self) -> list[Problem]:
-        """Previews without prompts."""
-        settled = self.settled()
-        if not (settled.sample_at_first or settled.sample_every_n_steps or settled.sample_every_n_epochs):
-            return []
-        if self.sample_prompts is not None:
-            return []
-        wanted = ("sample_every_n_epochs", "sample_every_n_steps", "sample_at_first")
-        flag = next(f"--{name}" for name in wanted if getattr(settled, name))
-        return [Problem(f"{flag} needs prompts", flag, "Add --sample_prompts FILE.")]
-
-    def notices(self) -> list[str]:
-        """Intervals that switch previews off, and which of two holds."""
-        found = [
-            f"--{name} {getattr(self, name)} switches these previews off"
-            for name in ("sample_every_n_steps", "sample_every_n_epochs")
-            if getattr(self, name) is not None and getattr(self, name) <= 0
-        ]
-        settled = self.settled()
-        if settled.sample_every_n_epochs and settled.sample_every_n_steps:
-            found.append("--sample_every_n_epochs is used, --sample_every_n_steps is not")
-        return found
-
-    def settled(self) -> "PreviewOptions":
-        """The same, with intervals of 0 and less taken as absent."""
-        steps, epochs = self.sample_every_n_steps, self.sample_every_n_epochs
-        return replace(
-            self,
-            sample_every_n_steps=steps if steps and steps > 0 else None,
-            sample_every_n_epochs=epochs if epochs and epochs > 0 else None,
-        )
+    training_comment: str | None = option(None, metavar="TEXT", help="A remark of your own, stored in the file.")
+    no_metadata: bool = option(False, help="Store only the least that other programs need.")
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -345,16 +345,75 @@ class HubOptions:
     """Hugging Face hub."""
 
     huggingface_repo_id: str | None = option(
-        None, metavar="OWNER/NAME", later=_HUB, help="Repository that saved files are uploaded to."
+        None,
+        metavar="OWNER/NAME",
+        help="Repository that every saved model is uploaded to; it is created if it is not there.",
     )
-    huggingface_repo_type: str | None = option(None, metavar="TYPE", later=_HUB, help="Type of the repository.")
-    huggingface_path_in_repo: str | None = option(None, metavar="PATH", later=_HUB, help="Folder in the repository.")
-    huggingface_token: str | None = option(None, metavar="TOKEN", later=_HUB, help="Access token of the hub.")
+    huggingface_repo_type: str | None = option(
+        None, metavar="TYPE", help="Type of the repository: model (when absent), dataset or space."
+    )
+    huggingface_path_in_repo: str | None = option(
+        None, metavar="FOLDER", help="Folder in the repository; its root when absent."
+    )
+    huggingface_token: str | None = option(
+        None,
+        metavar="TOKEN",
+        help="Access token of the hub; that of HF_TOKEN, or of a log-in by 'hf auth login', when absent. Never stored.",
+    )
     huggingface_repo_visibility: str | None = option(
-        None, metavar="VISIBILITY", later=_HUB, help="'public' makes a new repository public; otherwise it is private."
+        None, metavar="VISIBILITY", help="'public' makes a new repository public; otherwise it is private."
     )
-    save_state_to_huggingface: bool = option(False, later=_HUB, help="Upload states as well.")
+    save_state_to_huggingface: bool = option(False, help="Upload states as well.")
     resume_from_huggingface: bool = option(
-        False, later=_HUB, help="--resume names a state on the hub: owner/name/path:revision:type."
+        False, help="--resume names a state on the hub: owner/name/path[:revision[:type]]."
     )
-    async_upload: bool = option(False, later=_HUB, help="Upload while training goes on.")
+    async_upload: bool = option(
+        False, help="Upload while training goes on; otherwise training waits up to 5 minutes for each upload."
+    )
+
+    def problems(self) -> list[Problem]:
+        """Names that the hub does not know, and a token that is none."""
+        found = []
+        name, folder, token = self.huggingface_repo_id, self.huggingface_path_in_repo, self.huggingface_token
+        if name and not _is_repository_id(name):
+            remedy = "Write it as owner/name, with letters, digits, '-', '_' and '.', at most 96 of them each."
+            found.append(Problem(f"{name} is no repository of the hub", "--huggingface_repo_id", remedy))
+        if self.huggingface_repo_type not in (None, "", "model", "dataset", "space"):
+            what = f"{self.huggingface_repo_type} is no type of a repository"
+            found.append(Problem(what, "--huggingface_repo_type", "Use model, dataset or space."))
+        if folder and (".." in folder.split("/") or "\\" in folder):
+            remedy = "Write it as folder or folder/folder."
+            found.append(Problem(f"{folder} is no folder in a repository", "--huggingface_path_in_repo", remedy))
+        if token and not re.fullmatch(r"[!-~]+", token.strip()):
+            remedy = "Copy it once more from the hub's page."
+            found.append(Problem("this is no access token", "--huggingface_token", remedy))
+        return found
+
+    def notices(self) -> list[str]:
+        """Settings of uploads that are not made, and a visibility that is neither public nor private."""
+        visibility = self.huggingface_repo_visibility
+        if self.huggingface_repo_id:
+            if visibility in (None, "", "public", "private"):
+                return []
+            return [f"--huggingface_repo_visibility {visibility} means private"]
+        used = {"resume_from_huggingface", *(["huggingface_token"] if self.resume_from_huggingface else [])}
+        given = [f"--{one.name}" for one in fields(self) if getattr(self, one.name) and one.name not in used]
+        return [f"without effect without --huggingface_repo_id: {', '.join(given)}"] if given else []
+
+    def settled(self) -> "HubOptions":
+        """The same, with empty texts taken as absent, and without slashes around the folder."""
+        token, folder = self.huggingface_token, self.huggingface_path_in_repo
+        return replace(
+            self,
+            huggingface_repo_id=self.huggingface_repo_id or None,
+            huggingface_repo_type=self.huggingface_repo_type or None,
+            huggingface_token=(token.strip() if token else None) or None,
+            huggingface_path_in_repo=(folder.strip("/") if folder else None) or None,
+        )
+
+
+def _is_repository_id(name: str) -> bool:
+    """Whether the hub takes ``name`` for an id of owner and name."""
+    part = r"\w(?:[\w.-]*\w)?"
+    fits = re.fullmatch(f"{part}/{part}", name, re.ASCII) is not None and max(map(len, name.split("/"))) <= 96
+    return fits and "--" not in name and ".." not in name and not name.endswith(".git")

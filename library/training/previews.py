@@ -10,6 +10,7 @@ from library.files import written_whole
 from library.randomness import key
 from library.training.clock import now, stamp
 from library.training.options import PreviewOptions
+from library.training.preview_grid import PreviewGrid
 from library.training.privacy import shown_path
 from library.training.prompt_files import PreviewPrompt
 
@@ -21,6 +22,8 @@ if TYPE_CHECKING:
 logger = logging.getLogger(__name__)
 
 Generate = Callable[[PreviewPrompt], "Image"]
+Show = Callable[[PreviewPrompt, "Image", int], None]
+"""A prompt, its image and the number of finished steps."""
 
 
 class Previews:
@@ -34,6 +37,8 @@ class Previews:
         output_name: Put before the names of the images.
         seed: Seed of the run: an image without a seed of its own gets one from it, the same every time.
         is_main: Only the main process makes images.
+        show: Told every image.
+        continued_at: Steps done by an earlier part of the run, whose images belong into the grid, too.
     """
 
     def __init__(
@@ -46,6 +51,8 @@ class Previews:
         output_name: str | None,
         seed: int,
         is_main: bool = True,
+        show: Show = lambda prompt, image, step: None,
+        continued_at: int = 0,
     ) -> None:
         self._options = options.settled()
         self._prompts = prompts
@@ -54,6 +61,10 @@ class Previews:
         self._prefix = f"{output_name}_" if output_name else ""
         self._seed = seed
         self._is_main = is_main
+        self._show = show
+        self._grid = PreviewGrid(prompts)
+        if prompts and continued_at and is_main:
+            self._grid.add_files(self._folder, self._prefix, up_to=continued_at)
         self.written: list[Path] = []
 
     def before_training(self) -> None:
@@ -85,13 +96,27 @@ class Previews:
             except Exception as error:
                 logger.error("the preview of prompt %d failed: %s", index + 1, error)
                 logger.debug("preview failed", exc_info=True)
+        self._write_grid()
 
     def _make_one(self, path: Path, prompt: PreviewPrompt, index: int, step: int) -> None:
         if prompt.seed is None:
             prompt = replace(prompt, seed=key(self._seed, "preview", index))
-        write_png(path, self._generate(prompt), {**_parameters(prompt), "step": str(step)})
+        image = self._generate(prompt)
+        self._grid.add(index, image, step)
+        self._show(prompt, image, step)
+        write_png(path, image, {**_parameters(prompt), "step": str(step)})
         self.written.append(path)
         logger.info("preview: %s", shown_path(path))
+
+    def _write_grid(self) -> None:
+        """Replace the picture of all previews over time, once there are several times."""
+        if len(self._grid.steps) < 2:
+            return
+        try:
+            write_png(self._folder / f"{self._prefix}grid.png", self._grid.picture(), {})
+        except Exception as error:
+            logger.error("the grid of the previews failed: %s", error)
+            logger.debug("grid failed", exc_info=True)
 
 
 def _parameters(prompt: PreviewPrompt) -> dict[str, str]:

@@ -9,9 +9,11 @@ from typing import TYPE_CHECKING
 
 from library.errors import UserError
 from library.files import read_header
+from library.training.best import BestModel
 from library.training.naming import END, OutputNames, SavePlan, SavePoint, finished_epochs
 from library.training.privacy import shown_path
 from library.training.states import TrainingState, write_state
+from library.training.uploads import Uploads
 
 if TYPE_CHECKING:
     from library.training.progress import Moment
@@ -30,13 +32,29 @@ class ModelSaver:
         names: Names of the files.
         save: ``save(path, step, epoch)`` writes the model, whole or not at all.
         is_main: Only the main process writes.
+        best: Told of every saved model; the best one is not removed.
+        weights: What is saved, as :class:`BestModel` calls it.
+        uploads: Told of every saved model.
     """
 
-    def __init__(self, plan: SavePlan, names: OutputNames, save: SaveModel, *, is_main: bool = True) -> None:
+    def __init__(
+        self,
+        plan: SavePlan,
+        names: OutputNames,
+        save: SaveModel,
+        *,
+        is_main: bool = True,
+        best: BestModel | None = None,
+        weights: str = "model",
+        uploads: Uploads | None = None,
+    ) -> None:
         self._plan = plan
         self._names = names
         self._save = save
         self._is_main = is_main
+        self._best = best
+        self._weights = weights
+        self._uploads = uploads
         self.last_saved: Path | None = None
 
     def __call__(self, moment: "Moment") -> None:
@@ -58,9 +76,13 @@ class ModelSaver:
         self._save(path, step, epoch)
         _verify_model(path)
         self.last_saved = path
+        if self._uploads is not None:
+            self._uploads.add(path)
+        surpassed = self._best.saved(path, step, self._weights) if self._best is not None else None
         outdated = self._plan.outdated(point)
-        if outdated is not None:
-            _remove(self._names.model(outdated), "removing old checkpoint: %s")
+        for old in (surpassed, self._names.model(outdated) if outdated is not None else None):
+            if old is not None and not (self._best is not None and self._best.outlives(old)):
+                _remove(old, "removing old checkpoint: %s", self._uploads)
 
 
 class StateSaver:
@@ -72,16 +94,25 @@ class StateSaver:
         capture: ``capture(step, epoch)`` gives the state of the run.
         every_time: Save whenever the plan says so; otherwise only at the end.
         is_main: Only the main process writes.
+        uploads: Told of every saved state.
     """
 
     def __init__(
-        self, plan: SavePlan, names: OutputNames, capture: CaptureState, *, every_time: bool, is_main: bool = True
+        self,
+        plan: SavePlan,
+        names: OutputNames,
+        capture: CaptureState,
+        *,
+        every_time: bool,
+        is_main: bool = True,
+        uploads: Uploads | None = None,
     ) -> None:
         self._plan = plan
         self._names = names
         self._capture = capture
         self._every_time = every_time
         self._is_main = is_main
+        self._uploads = uploads
         self.last_saved: Path | None = None
 
     def __call__(self, moment: "Moment") -> None:
@@ -102,9 +133,11 @@ class StateSaver:
         logger.info("saving state: %s", shown_path(path))
         write_state(path, self._capture(step, epoch))
         self.last_saved = path
+        if self._uploads is not None:
+            self._uploads.add(path)
         outdated = self._plan.outdated(point)
         if outdated is not None:
-            _remove(self._names.state(outdated), "removing old state: %s")
+            _remove(self._names.state(outdated), "removing old state: %s", self._uploads)
 
 
 def _verify_model(path: Path) -> None:
@@ -129,9 +162,9 @@ def _least_size(path: Path) -> int:
     return 8 + int(header_size) + int(max(ends, default=0))
 
 
-def _remove(path: Path, message: str) -> None:
-    """Remove a model or a state that is no longer kept; one that resists is only mentioned."""
-    if not path.exists():
+def _remove(path: Path, message: str, uploads: Uploads | None = None) -> None:
+    """Remove a model or a state that is no longer kept, once it need not be uploaded; one that resists is mentioned."""
+    if not path.exists() or (uploads is not None and uploads.keeps(path, lambda late: _remove(late, message))):
         return
     logger.info(message, shown_path(path))
     try:

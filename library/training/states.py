@@ -17,6 +17,7 @@ from typing import TYPE_CHECKING, Any, Final
 from library.errors import Problem, UserError, raise_if_any
 from library.files import read_tensors, sha256_of_file, sync_folder, write_json, write_tensors, written_whole
 from library.training.privacy import shareable
+from library.training.schedule_classes import restore_schedule, use_rates
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -26,18 +27,21 @@ MODEL: Final = "model.safetensors"
 OPTIMIZER: Final = "optimizer.bin"
 SCHEDULER: Final = "scheduler.bin"
 SCALER: Final = "scaler.pt"
+EMA: Final = "ema.safetensors"
 PROGRESS: Final = "train_state.json"
 FINGERPRINT: Final = "fingerprint.json"
 
 _FORMAT: Final = 1
+_EMA_UPDATES: Final = "updates"
 _NEEDED: Final = (MODEL, OPTIMIZER, SCHEDULER, PROGRESS, FINGERPRINT)
 _WRITING: Final = ".writing-"
 _REPLACED: Final = ".replaced-"
-# What neither data nor mathematics of a run depend on, and every run may change.
+# What neither data nor mathematics of a run depend on, and every run may change. A cache holds what would be encoded.
 _FREE_OPTIONS: Final = (
-    "async_", "console_", "huggingface_", "initial_", "log_", "logging_dir", "max_data_loader_n_workers", "metadata_",
-    "no_metadata", "output_", "persistent_", "resume", "sample_", "save_", "skip_until_initial_step",
-    "tokenizer_cache_dir", "training_comment", "wandb_",
+    "async_", "cache_latents", "console_", "ema_device", "ema_previews", "ema_save", "huggingface_", "initial_",
+    "log_", "logging_dir", "max_data_loader_n_workers", "max_validation_steps", "metadata_", "no_metadata", "no_report",
+    "output_", "persistent_", "resume", "sample_", "save_", "skip_cache_check", "skip_until_initial_step",
+    "tokenizer_cache_dir", "training_comment", "use_safetensors", "vae_batch_size", "validate_", "wandb_",
 )  # fmt: skip
 
 
@@ -52,6 +56,8 @@ class TrainingState:
         optimizer: ``state_dict`` of the optimizer.
         scheduler: ``state_dict`` of the learning-rate schedule.
         scaler: ``state_dict`` of the gradient scaler, if there is one.
+        ema: Average of the trained weights by name, if one is kept.
+        ema_updates: Optimizer steps that the average has taken in.
         fingerprint: What the run was made of, see :func:`fingerprint`.
     """
 
@@ -61,6 +67,8 @@ class TrainingState:
     optimizer: Mapping[str, Any]
     scheduler: Mapping[str, Any]
     scaler: Mapping[str, Any] | None = None
+    ema: "Mapping[str, Tensor] | None" = None
+    ema_updates: int = 0
     fingerprint: Mapping[str, Any] = field(default_factory=dict)
 
 
@@ -114,6 +122,8 @@ def _write_contents(folder: Path, state: TrainingState) -> None:
     _write_pickle(folder / SCHEDULER, state.scheduler)
     if state.scaler is not None:
         _write_pickle(folder / SCALER, state.scaler)
+    if state.ema is not None:
+        write_tensors(folder / EMA, state.ema, metadata={_EMA_UPDATES: str(state.ema_updates)})
     write_json(folder / PROGRESS, {"current_epoch": state.epoch, "current_step": state.step})
     write_json(folder / FINGERPRINT, state.fingerprint)
     files = {
@@ -186,6 +196,11 @@ def _incompleteness(folder: Path) -> str | None:
     return f"wrong size: {', '.join(wrong)}" if wrong else None
 
 
+def files_of(folder: Path) -> list[str]:
+    """Names of the files that the manifest in ``folder`` lists; none without a manifest."""
+    return list(_listed_files(_read_json(folder / MANIFEST)))
+
+
 def _listed_files(manifest: Mapping[str, Any]) -> dict[str, dict[str, Any]]:
     """The manifest's files; names that lead out of the folder are no files of a state."""
     files = manifest.get("files")
@@ -241,6 +256,7 @@ def read_state(folder: Path) -> TrainingState:
     raise_if_any(_damage(folder))
     progress = _read_json(folder / PROGRESS)
     scaler = folder / SCALER
+    average = read_tensors(folder / EMA) if (folder / EMA).exists() else None
     return TrainingState(
         step=int(progress["current_step"]),
         epoch=int(progress["current_epoch"]),
@@ -248,6 +264,8 @@ def read_state(folder: Path) -> TrainingState:
         optimizer=_read_pickle(folder / OPTIMIZER),
         scheduler=_read_pickle(folder / SCHEDULER),
         scaler=_read_pickle(scaler) if scaler.exists() else None,
+        ema=average.tensors if average else None,
+        ema_updates=int(average.metadata[_EMA_UPDATES]) if average else 0,
         fingerprint=_read_json(folder / FINGERPRINT),
     )
 
@@ -275,9 +293,12 @@ def restore(state: TrainingState, *, optimizer: Any, scheduler: Any, scaler: Any
         UserError: The state belongs to a run with other parameters.
     """
     rates = list(scheduler.base_lrs)
+    fresh = [{name: value for name, value in group.items() if name != "params"} for group in optimizer.param_groups]
+    raise_if_any(_other_optimizer(optimizer, state.optimizer))
     try:
         optimizer.load_state_dict(dict(state.optimizer))
-        scheduler.load_state_dict(dict(state.scheduler))
+        _keep_dtypes(optimizer, state.optimizer)
+        restore_schedule(optimizer, scheduler, state.scheduler, fresh)
         if scaler is not None and state.scaler is not None:
             scaler.load_state_dict(dict(state.scaler))
     except (ValueError, KeyError, RuntimeError) as error:
@@ -286,6 +307,31 @@ def restore(state: TrainingState, *, optimizer: Any, scheduler: Any, scaler: Any
             where="--resume",
             remedy="Continue with the network, the optimizer and the trained parts the state was saved with.",
         ) from error
-    scheduler.base_lrs = rates
-    for group, rate, factor in zip(optimizer.param_groups, rates, scheduler.lr_lambdas, strict=True):
-        group["initial_lr"], group["lr"] = rate, rate * factor(scheduler.last_epoch)
+    use_rates(optimizer, scheduler, rates)
+
+
+def _other_optimizer(optimizer: Any, saved: Mapping[str, Any]) -> list[Problem]:
+    """The settings of an optimizer are in its groups; one of another kind lacks some."""
+    names = set().union(*saved.get("param_groups", [{}]))
+    settings = set(optimizer.defaults).intersection(*optimizer.param_groups)
+    missing = sorted(settings - names - {"lr"})
+    if not missing:
+        return []
+    return [
+        Problem(
+            f"the state is one of another optimizer: it lacks {', '.join(missing)}",
+            where="--resume, --optimizer_type",
+            remedy="Continue with the optimizer that the state was saved with.",
+        )
+    ]
+
+
+def _keep_dtypes(optimizer: Any, saved: Mapping[str, Any]) -> None:
+    """Give state tensors the dtype they were saved in: torch casts them to that of their parameter while loading."""
+    parameters = [parameter for group in optimizer.param_groups for parameter in group["params"]]
+    for number, entries in saved["state"].items():
+        state = optimizer.state.get(parameters[number], {})
+        for name, value in entries.items():
+            present = state.get(name)
+            if hasattr(value, "dtype") and hasattr(present, "dtype") and present.dtype != value.dtype:
+                state[name] = value.to(present.device)

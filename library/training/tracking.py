@@ -1,21 +1,28 @@
-"""What a run tells while it trains: the average loss, and figures for TensorBoard."""
+"""What a run tells while it trains: the average loss, and figures and previews for TensorBoard and Weights & Biases."""
 
-import importlib.util
 import json
 import logging
 import math
 import time
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import suppress
+from dataclasses import dataclass
 from pathlib import Path
-from types import TracebackType
-from typing import TYPE_CHECKING, Any, Self
+from types import MappingProxyType, TracebackType
+from typing import TYPE_CHECKING, Final, Self
 
-from library.errors import Problem
+from library.training.log_targets import LogTarget, TensorBoardLog, WandbLog, check_logging, tracker_settings
 from library.training.options import LoggingOptions
 from library.training.privacy import shareable, shown_path
+from library.training.speed import Speed, memory_figures
 
 if TYPE_CHECKING:
+    from PIL.Image import Image
+
     from library.training.progress import Moment
+    from library.training.prompt_files import PreviewPrompt
+
+__all__ = ["LossAverage", "Tracker", "check_logging"]
 
 logger = logging.getLogger(__name__)
 
@@ -41,29 +48,47 @@ class LossAverage:
         return self._total / len(self._losses) if self._losses else math.nan
 
 
-def check_logging(options: LoggingOptions) -> list[Problem]:
-    """What stands against logging as asked; imports nothing heavy."""
-    if options.logging_dir is None or importlib.util.find_spec("tensorboard") is not None:
-        return []
-    return [
-        Problem(
-            "--logging_dir needs the package tensorboard, which is not installed",
-            where="--logging_dir",
-            remedy="pip install tensorboard   (or leave --logging_dir out)",
-        )
-    ]
+@dataclass(frozen=True, kw_only=True, slots=True)
+class _FurtherTags:
+    """Tags that users' dashboards know of a script, besides those that all scripts have.
+
+    Attributes:
+        loss: Of the loss of a step.
+        rate: Of the rate of the first group.
+        epoch: Of the average at the end of an epoch.
+    """
+
+    loss: str | None = None
+    rate: str | None = None
+    epoch: str | None = None
+
+
+_FULL: Final = _FurtherTags(loss="loss", epoch="loss/epoch")
+_FURTHER_TAGS: Final[Mapping[str, _FurtherTags]] = MappingProxyType(
+    {
+        "dreambooth": _FULL,
+        "finetuning": _FULL,
+        "textual_inversion": _FurtherTags(loss="loss", rate="lr", epoch="loss/epoch"),
+    }
+)
 
 
 class Tracker:
-    """The hook that writes figures for TensorBoard, and the context that closes their file.
+    """The hook that logs figures and previews, and the context that closes the logs.
 
-    The x axis is the number of finished steps; that of ``loss/epoch_average`` is the epoch.
+    The x axis is the number of finished steps; that of ``loss/epoch``, ``.../epoch_average`` and
+    ``.../epoch_divergence`` is the epoch. A log that fails is given up with a warning: the run goes on.
 
     Args:
-        options: Folder and names; without a folder nothing is written.
-        tracker_name: Name of the log within its folder where the options give none.
+        options: Folder and names.
+        tracker_name: Name of the log where the options give none; it also says which script logs.
         config: Option values, shown in the log with --log_config, without secrets and paths.
         is_main: Only the main process writes.
+        more: Further places to log to.
+        speed: Measures the steps.
+
+    Raises:
+        UserError: A log cannot be begun.
     """
 
     def __init__(
@@ -73,44 +98,98 @@ class Tracker:
         tracker_name: str,
         config: Mapping[str, object] | None = None,
         is_main: bool = True,
+        more: Sequence[LogTarget] = (),
+        speed: Speed | None = None,
     ) -> None:
-        self._writer: Any = None
         self.folder: Path | None = None
-        if options.logging_dir is None or not is_main:
+        self._further = _FURTHER_TAGS.get(tracker_name, _FurtherTags())
+        self._step = 0
+        self._speed = speed
+        self._targets: list[LogTarget] = []
+        if not is_main:
             return
-        from torch.utils.tensorboard import SummaryWriter
-
-        session = (options.log_prefix or "") + time.strftime("%Y%m%d%H%M%S")
-        self.folder = options.logging_dir / session / (options.log_tracker_name or tracker_name)
-        self._writer = SummaryWriter(str(self.folder))
-        logger.info("logging to %s", shown_path(self.folder))
-        if options.log_config and config is not None:
-            self._writer.add_text("config", _as_text(config))
+        self._targets += more
+        name = options.log_tracker_name or tracker_name
+        shown = shareable(config) if options.log_config and config is not None else None
+        settings = tracker_settings(options)
+        session: Path | None = None
+        if options.logging_dir is not None:
+            session = options.logging_dir / ((options.log_prefix or "") + time.strftime("%Y%m%d%H%M%S"))
+        if "tensorboard" in options.targets and session is not None:
+            self.folder = session / name
+            text = None if shown is None else _as_text(shown)
+            self._targets.append(TensorBoardLog(self.folder, settings["tensorboard"], text))
+            logger.info("logging to %s", shown_path(self.folder))
+        if "wandb" in options.targets:
+            self._targets.append(
+                WandbLog(
+                    project=name,
+                    folder=session,
+                    settings=settings["wandb"],
+                    api_key=options.wandb_api_key,
+                    config=shown,
+                )
+            )
 
     def __call__(self, moment: "Moment") -> None:
-        """Write the figures of ``moment``."""
-        if self._writer is None:
+        """Log the figures of ``moment``."""
+        self._step = moment.step
+        measured = self._speed.stop(moment) if self._speed is not None else {}
+        if not self._targets:
             return
+        further = self._further
         figures = {"loss/current": moment.loss, "loss/average": moment.average_loss, **moment.metrics}
+        if measured:
+            figures |= {**measured, **memory_figures()}
         figures |= {f"lr/{name}": rate for name, rate in moment.learning_rates.items()}
-        for tag, value in figures.items():
-            self._writer.add_scalar(tag, value, moment.step)
+        if further.loss is not None:
+            figures[further.loss] = moment.loss
+        if further.rate is not None:
+            figures[further.rate] = next(iter(moment.learning_rates.values()))
+        self.add(figures, moment.step)
         if moment.epoch_ended or moment.finished:
-            self._writer.add_scalar("loss/epoch_average", moment.average_loss, moment.epoch)
+            tags = ["loss/epoch_average", *([further.epoch] if further.epoch is not None else [])]
+            self.add(dict.fromkeys(tags, moment.average_loss), moment.epoch)
+
+    def add(self, figures: Mapping[str, float], at: int) -> None:
+        """Log further figures, by tag, at a place of the x axis."""
+        self._tell(lambda target: target.add(figures, at=at, step=self._step))
+
+    def add_image(self, prompt: "PreviewPrompt", image: "Image", step: int) -> None:
+        """Log a preview made after ``step`` steps."""
+        self._tell(lambda target: target.add_image(prompt.index, image, prompt=prompt.prompt, step=step))
+
+    def _tell(self, what: Callable[[LogTarget], None]) -> None:
+        for target in tuple(self._targets):
+            try:
+                what(target)
+            except Exception as error:
+                self._targets.remove(target)
+                logger.warning("nothing more is logged to %s: %s", target.name, error)
+                logger.debug("logging failed", exc_info=True)
+                # Its threads end; that it cannot write any more is known.
+                with suppress(Exception):
+                    target.close(failed=False)
 
     def __enter__(self) -> Self:
         """The hook itself."""
+        if self._speed is not None:
+            self._speed.start()
         return self
 
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
     ) -> None:
         """Write what is left, also when the run failed."""
-        if self._writer is not None:
-            self._writer.close()
+        for target in self._targets:
+            try:
+                target.close(failed=kind is not None)
+            except Exception as failure:
+                logger.warning("the end of the log is missing in %s: %s", target.name, failure)
+        self._targets.clear()
 
 
 def _as_text(config: Mapping[str, object]) -> str:
     """Option values as an indented block."""
-    lines = json.dumps(shareable(config), indent=2, sort_keys=True, default=str).splitlines()
+    lines = json.dumps(dict(config), indent=2, sort_keys=True, default=str).splitlines()
     return "\n".join(f"    {line}" for line in lines)

@@ -14,6 +14,7 @@ import torch
 
 from library.errors import UserError
 from library.files import (
+    folder_written_whole,
     legacy_hash_of_file,
     read_header,
     read_metadata,
@@ -194,6 +195,128 @@ def test_a_folder_that_cannot_be_written_is_the_users_error(tmp_path: Path) -> N
     (tmp_path / "file").write_text("")
     with pytest.raises(UserError, match="cannot write x.json"):
         write_json(tmp_path / "file" / "x.json", {})
+
+
+def test_every_kind_of_number_is_written_for_every_reader(tmp_path: Path) -> None:
+    from safetensors.torch import load_file
+
+    kinds = (
+        *(torch.bool, torch.uint8, torch.int8, torch.int16, torch.int32, torch.int64),
+        *(torch.float16, torch.bfloat16, torch.float32, torch.float64),
+    )
+    tensors = {str(kind): torch.tensor([[0, 1, 1], [1, 0, 1]]).to(kind).t() for kind in kinds}
+    tensors |= {"scalar": torch.tensor(7, dtype=torch.int16), "empty": torch.zeros(0, 3), "Größe": torch.ones(1)}
+    eight = {str(kind): torch.ones(3).to(kind) for kind in (torch.float8_e4m3fn, torch.float8_e5m2)}
+    write_tensors(tmp_path / "x.safetensors", tensors, kept=eight, metadata={"a": "Größe"})
+    tensors |= eight
+    back = load_file(tmp_path / "x.safetensors")
+    assert {name: tensor.dtype for name, tensor in back.items()} == {name: t.dtype for name, t in tensors.items()}
+    assert all(torch.equal(back[name].double(), tensor.double()) for name, tensor in tensors.items())
+    write_tensors(tmp_path / "none.safetensors", {})
+    assert load_file(tmp_path / "none.safetensors") == {}
+
+
+@pytest.mark.parametrize("suffix", [".safetensors", ".ckpt"])
+def test_what_is_kept_stays_as_it_is(suffix: str, tmp_path: Path) -> None:
+    path = tmp_path / f"x{suffix}"
+    kept = {"k": torch.tensor([1.0, float("inf")], dtype=torch.float64)}
+    write_tensors(path, TENSORS, kept=kept, dtype=torch.bfloat16)
+    back = read_tensors(path, mapped=True).tensors
+    assert {name: tensor.dtype for name, tensor in back.items()} == {
+        "a": torch.bfloat16, "n": torch.int64, "k": torch.float64
+    }  # fmt: skip
+    assert torch.equal(back["k"], kept["k"])
+
+
+def test_a_torch_file_is_mapped_or_read(tmp_path: Path) -> None:
+    write_tensors(tmp_path / "new.ckpt", TENSORS)
+    torch.save(TENSORS, tmp_path / "old.ckpt", _use_new_zipfile_serialization=False)
+    for name in ("new.ckpt", "old.ckpt"):
+        assert torch.equal(read_tensors(tmp_path / name, mapped=True).tensors["a"], TENSORS["a"])
+
+
+@pytest.mark.parametrize("suffix", [".safetensors", ".pt"])
+def test_a_file_cut_off_by_the_disk_never_gets_the_name(
+    suffix: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from library import files
+
+    check = files._check_whole
+
+    def shortened(path: Path) -> None:
+        os.truncate(path, path.stat().st_size - 1)
+        check(path)
+
+    monkeypatch.setattr("library.files._check_whole", shortened)
+    with pytest.raises(UserError, match="not whole"):
+        write_tensors(tmp_path / f"x{suffix}", TENSORS)
+    assert not list(tmp_path.iterdir())
+
+
+def test_a_file_does_not_replace_a_folder(tmp_path: Path) -> None:
+    (tmp_path / "x.json").mkdir()
+    with pytest.raises(UserError, match=r"x.json is a folder; the new content is in x-\w{6}.json"):
+        write_json(tmp_path / "x.json", {"a": 1})
+    assert len(list(tmp_path.glob("x-*.json"))) == 1
+
+
+def write_folder(folder: Path, content: str, *, may_replace: bool = True) -> None:
+    with folder_written_whole(folder, may_replace=lambda _: may_replace) as target:
+        (target / "file").write_text(content)
+        if content == "half":
+            raise RuntimeError("power cut")
+
+
+def contents(folder: Path) -> dict[str, str]:
+    return {entry.parent.name: entry.read_text() for entry in folder.glob("*/file")}
+
+
+def test_a_folder_is_replaced_when_the_new_one_is_complete(tmp_path: Path) -> None:
+    folder = tmp_path / "deep" / "result"
+    write_folder(folder, "one")
+    write_folder(folder, "two")
+    with pytest.raises(RuntimeError, match="power cut"):
+        write_folder(folder, "half")
+    assert contents(folder.parent) == {"result": "two"}
+    assert [entry.name for entry in folder.parent.iterdir()] == ["result"]
+
+
+def test_what_may_not_be_replaced_stays(tmp_path: Path) -> None:
+    write_folder(tmp_path / "result", "one")
+    with pytest.raises(UserError, match="is something else, and is not replaced; the new content is in result-"):
+        write_folder(tmp_path / "result", "two", may_replace=False)
+    assert sorted(contents(tmp_path).values()) == ["one", "two"]
+    assert contents(tmp_path)["result"] == "one"
+
+
+def test_a_folder_that_is_held_keeps_its_name(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    replace = os.replace
+    write_folder(tmp_path / "result", "one")
+
+    def held(source: Path, target: Path) -> None:
+        if target == tmp_path / "result" and source.name.startswith(".writing"):
+            raise PermissionError
+        replace(source, target)
+
+    monkeypatch.setattr("library.files.os.replace", held)
+    with pytest.raises(UserError, match="held by another program; the new content is in result-"):
+        write_folder(tmp_path / "result", "two")
+    assert contents(tmp_path)["result"] == "one"
+    assert sorted(contents(tmp_path).values()) == ["one", "two"]
+
+
+@pytest.mark.parametrize("moment", ["before", "after"])
+def test_a_replacement_that_was_killed_is_mended(moment: str, tmp_path: Path) -> None:
+    """Killed between the two renames, or before the former folder was removed; with another folder half made."""
+    write_folder(tmp_path / ".replaced-result", "one")
+    (tmp_path / ".writing-0123abcd-result").mkdir()
+    (tmp_path / ".writing-0123abcd-other-result").mkdir()
+    if moment == "after":
+        write_folder(tmp_path / "result", "two")
+    with pytest.raises(RuntimeError, match="power cut"):
+        write_folder(tmp_path / "result", "half")
+    assert contents(tmp_path) == {"result": "one" if moment == "before" else "two"}
+    assert {entry.name for entry in tmp_path.iterdir()} == {"result", ".writing-0123abcd-other-result"}
 
 
 def test_file_hashes(tmp_path: Path) -> None:

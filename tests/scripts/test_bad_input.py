@@ -188,7 +188,7 @@ def test_sd1_with_the_flag_of_sd2(model: Path, tmp_path: Path) -> None:
         (["--network_train_unet_only", "--network_train_text_encoder_only"], ["--network_train_unet_only"]),
         (["--optimizer_args", "weight_decai=0.1"], ["weight_decai", "weight_decay"]),
         (["--network_args", "conv_dims=4"], ["conv_dims", "conv_dim"]),
-        (["--optimizer_type=Prodigy"], ["Prodigy", "not available yet"]),
+        (["--optimizer_type=Prodgy"], ["Prodgy", "Did you mean Prodigy?"]),
         (["--sample_every_n_steps=1"], ["--sample_prompts"]),
         (["--resume=nowhere"], ["nowhere"]),
         (["--network_weights=nowhere.safetensors"], ["nowhere.safetensors"]),

@@ -12,6 +12,7 @@ import numpy as np
 import pytest
 import torch
 
+from library.errors import UserError
 from library.files import read_metadata, read_tensors
 from tests.scripts.runs import (
     STEPS,
@@ -132,6 +133,7 @@ def test_the_exact_set_of_files(models: dict[str, Path], data: Path, tmp_path: P
         "thing-000001-state",
         "thing.safetensors",
         "thing-state",
+        "thing-report.html",
     }
     assert {path.name for path in (output / "thing-state").iterdir()} == {
         "model.safetensors",
@@ -141,7 +143,8 @@ def test_the_exact_set_of_files(models: dict[str, Path], data: Path, tmp_path: P
         "fingerprint.json",
         "manifest.json",
     }
-    previews = sorted(path.name for path in (output / "sample").iterdir())
+    assert (output / "sample" / "thing_grid.png").exists()
+    previews = sorted(path.name for path in (output / "sample").glob("thing_e*"))
     assert [name[:17] for name in previews] == [f"thing_e00000{epoch}_00_" for epoch in range(3)]
     assert all(name.endswith("_3.png") for name in previews)
     assert tensor_hash(output / "thing-step00000008.safetensors") == tensor_hash(output / "thing.safetensors")
@@ -390,6 +393,35 @@ def test_ctrl_c_saves_and_ends_cleanly(models: dict[str, Path], data: Path, tmp_
     process.send_signal(signal.SIGINT)
     assert process.wait(timeout=60) == 130
     saved = sorted(path.name for path in output.iterdir())
-    assert len(saved) == 2
+    assert len(saved) == 3
     assert saved[0].startswith("at-step")
     assert saved[1].endswith(".safetensors") or saved[0].endswith("-state")
+    assert saved[2] == "report.html"
+    assert 'class="outcome stopped"' in (output / "report.html").read_text(encoding="utf-8")
+
+
+def test_captions_encoded_once_give_the_same_training(models: dict[str, Path], data: Path, tmp_path: Path) -> None:
+    unet_only = [*arguments(models["sd1"], write_dataset(data)), "--network_train_unet_only"]
+    live = run_script("train_network", tmp_path / "live", *unet_only)
+    cached = run_script("train_network", tmp_path / "cached", *unet_only, "--cache_text_encoder_outputs")
+    assert cached.losses == pytest.approx(live.losses, rel=1e-5)
+
+
+def test_changing_captions_are_not_encoded_once(models: dict[str, Path], tmp_path: Path) -> None:
+    dataset = write_dataset(tmp_path, more="shuffle_caption = true")
+    once = ["--network_train_unet_only", "--cache_text_encoder_outputs"]
+    with pytest.raises(UserError, match=r"change from use to use \(shuffle_caption\)"):
+        run_script("train_network", tmp_path / "out", *arguments(models["sd1"], dataset), *once)
+
+
+def test_bf16_weights_and_steps_within_the_backward_pass(
+    models: dict[str, Path], data: Path, tmp_path: Path, plain: Run
+) -> None:
+    narrow = [*arguments(models["sd1"], write_dataset(data)), "--mixed_precision=bf16", "--full_bf16"]
+    whole = run_script("train_network", tmp_path / "whole", *narrow, "--max_grad_norm=0")
+    fused = run_script("train_network", tmp_path / "fused", *narrow, "--max_grad_norm=0", "--fused_backward_pass")
+    assert whole.losses == pytest.approx(plain.losses, rel=0.05)
+    one, other = (read_tensors(run.folder / "last.safetensors").tensors for run in (whole, fused))
+    for name, tensor in one.items():
+        assert torch.equal(tensor, other[name])
+        assert name.endswith(".alpha") or tensor.dtype == torch.bfloat16

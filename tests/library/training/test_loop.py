@@ -18,6 +18,7 @@ from library.runtime import Runtime
 from library.training.loop import MOST_SKIPPED, Interruption, fit
 from library.training.method import Hook, StepShape
 from library.training.progress import Moment, RunLength
+from library.training.updates import WholeUpdate
 
 
 @dataclass(frozen=True)
@@ -100,7 +101,7 @@ def train(
         schedule=schedule,
         runtime=runtime,
         start_step=start_step,
-        max_grad_norm=max_grad_norm,
+        update=WholeUpdate(prepared, runtime, max_grad_norm=max_grad_norm),
         hooks=hooks,
         interruption=interruption,
         name_examples=lambda numbers: [f"image{number}.png" for number in numbers],

@@ -17,7 +17,7 @@ def fixed_time(monkeypatch):
     monkeypatch.setenv("SOURCE_DATE_EPOCH", "1700000000")
 
 
-def previews(folder, generate=None, *, prompts=PROMPTS, name="toy", is_main=True, **options):
+def previews(folder, generate=None, *, prompts=PROMPTS, name="toy", is_main=True, show=None, continued_at=0, **options):
     return Previews(
         PreviewOptions(**options),
         prompts,
@@ -26,6 +26,8 @@ def previews(folder, generate=None, *, prompts=PROMPTS, name="toy", is_main=True
         output_name=name,
         seed=5,
         is_main=is_main,
+        show=show or (lambda prompt, image, step: None),
+        continued_at=continued_at,
     )
 
 
@@ -46,6 +48,7 @@ def test_names_of_epoch_previews(tmp_path):
         "toy_e000000_01_20231114221320.png",
         "toy_e000002_00_20231114221320_11.png",
         "toy_e000002_01_20231114221320.png",
+        "toy_grid.png",
     ]
 
 
@@ -128,3 +131,32 @@ def test_names_keep_their_form_with_the_real_clock(tmp_path, monkeypatch):
     run(previews(tmp_path, prompts=PROMPTS[:1], sample_every_n_steps=6))
     (name,) = written(tmp_path)
     assert re.fullmatch(r"toy_000006_00_20\d{12}_11\.png", name)
+
+
+def test_a_grid_of_all_previews_is_replaced_as_they_come(tmp_path):
+    seen = []
+
+    def generate(prompt):
+        return Image.new("RGB", (64, 32), (10 * len(seen), 0, 0))
+
+    hook = previews(tmp_path, generate, sample_every_n_steps=2, show=lambda *one: seen.append(one))
+    grid = tmp_path / "sample" / "toy_grid.png"
+    hook(moments(2, 3)[1])
+    assert not grid.exists()
+    sizes = []
+    for moment in moments(6, 3)[3::2]:
+        hook(moment)
+        with Image.open(grid) as image:
+            sizes.append(image.size)
+    # Another column for another time.
+    assert sizes[1][0] - sizes[0][0] == 64 + 6
+    assert sizes[0][1] == sizes[1][1]
+    assert [(prompt.index, step) for prompt, _, step in seen] == [(0, 2), (1, 2), (0, 4), (1, 4), (0, 6), (1, 6)]
+
+
+def test_the_grid_of_a_resumed_run_goes_on(tmp_path):
+    run(previews(tmp_path, sample_every_n_steps=2))
+    hook = previews(tmp_path, sample_every_n_steps=2, continued_at=4)
+    hook(moments(6, 3)[5])
+    # Those after 2 and 4 steps and the new ones; what the earlier run made after 6 steps was given up.
+    assert hook._grid.steps == (2, 4, 6)

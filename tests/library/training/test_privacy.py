@@ -2,7 +2,7 @@ from pathlib import Path
 
 import pytest
 
-from library.training.privacy import is_absolute, last_part, model_name, shareable, shown_path
+from library.training.privacy import Scrubber, is_absolute, last_part, model_name, shareable, shown_path
 
 
 @pytest.mark.parametrize(
@@ -60,3 +60,23 @@ def test_shown_path_is_relative(tmp_path, monkeypatch):
     assert shown_path(tmp_path / "out" / "a.png") == str(Path("out", "a.png"))
     assert shown_path(Path("out/a.png")) == str(Path("out", "a.png"))
     assert shown_path(tmp_path.parent / "elsewhere" / "out" / "a.png") == str(Path("out", "a.png"))
+
+
+@pytest.mark.parametrize(
+    ("text", "scrubbed"),
+    [
+        ("cannot read /home/Max Muster/my images/01.png", "cannot read my images/01.png"),
+        ("where: /etc/ssl/cert.pem:3", "where: cert.pem:3"),
+        ("C:\\Users\\Max\\x.png is damaged", "x.png is damaged"),
+        ("'~/secret/dog.png'", "'dog.png'"),
+        ("the key k3y was refused", "the key *** was refused"),
+        ("see https://example.org/a/b, 3/4 and lr/d*lr/unet", "see https://example.org/a/b, 3/4 and lr/d*lr/unet"),
+    ],
+)
+def test_scrubbed_text(text, scrubbed):
+    assert Scrubber([Path("/home/Max Muster/my images")], ["k3y", ""])(text) == scrubbed
+
+
+def test_scrubbed_text_is_relative_to_the_current_folder(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    assert Scrubber()(f'File "{tmp_path}/library/run.py", line 3') == 'File "library/run.py", line 3'

@@ -274,3 +274,9 @@ def test_only_what_defines_a_run_counts_as_a_difference():
     now = fingerprint({"learning_rate": 1e-4, "save_every_n_steps": 9, "sample_at_first": True}, "b")
     assert fingerprint_differences(before, before) == ()
     assert fingerprint_differences(before, now) == ("learning_rate: 0.001 -> 0.0001", "the images or captions")
+
+
+@pytest.mark.parametrize("name", ["cache_latents", "cache_latents_to_disk", "vae_batch_size", "skip_cache_check"])
+def test_how_latents_are_cached_may_change_between_a_run_and_its_resume(name):
+    before = fingerprint({name: False, "learning_rate": 1e-3}, "a")
+    assert fingerprint_differences(before, fingerprint({name: True, "learning_rate": 1e-3}, "a")) == ()

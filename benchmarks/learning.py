@@ -1,0 +1,320 @@
+"""What every method learns, measured on the tiny model and its world, where a picture shows what was asked for or not.
+
+Run ``python benchmarks/learning.py`` from the project's folder (about half an hour on two cores); ``--only NAME`` runs
+one method. Each run is an ordinary command line of this project; the pictures judged are its own previews, before and
+after training. Prints the figures of ``docs/learning.md``; ``--sheet FOLDER`` keeps the pictures.
+"""
+
+import argparse
+import json
+import shutil
+import subprocess
+import sys
+import tempfile
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+from PIL import Image
+
+ROOT = Path(__file__).resolve().parent.parent
+MODEL = ROOT / "examples" / "tiny-sd"
+QUICKSTART = ROOT / "examples" / "quickstart"
+sys.path.insert(0, str(MODEL / "recipe"))
+
+from shapes_world import (  # noqa: E402
+    BACKGROUNDS,
+    COLOURS,
+    SHAPES,
+    Pixels,
+    Scene,
+    classify,
+    contact_sheet,
+    interior,
+    render,
+    segment,
+)
+
+TOKEN = "shs"
+SIZE = (128, 128)
+COMMON = (f"--pretrained_model_name_or_path={MODEL}", "--seed=1", "--max_data_loader_n_workers=0", "--cache_latents")
+
+ITALIAN = {
+    **dict(zip(COLOURS, ("rosso", "verde", "blu", "giallo", "viola", "arancione", "rosa", "marrone"), strict=True)),
+    **dict(
+        zip(SHAPES, ("cerchio", "quadrato", "triangolo", "stella", "croce", "cuore", "rombo", "anello"), strict=True)
+    ),
+    **dict(zip(BACKGROUNDS, ("bianco", "grigio", "nero", "cielo", "tramonto"), strict=True)),
+}
+
+
+@dataclass(frozen=True, kw_only=True)
+class Asked:
+    """A preview prompt and what its picture should show."""
+
+    prompt: str
+    scene: Scene
+
+
+@dataclass(frozen=True, kw_only=True)
+class Judged:
+    """Pictures of one moment of a run, with what they should show."""
+
+    asked: Sequence[Asked]
+    pictures: Sequence[Pixels]
+
+    def share(self, is_right: Callable[[Scene, Pixels], bool]) -> float:
+        """The share of pictures that are right, 0..1."""
+        pairs = zip(self.asked, self.pictures, strict=True)
+        return float(np.mean([is_right(asked.scene, picture) for asked, picture in pairs]))
+
+    def first(self, count: int) -> "Judged":
+        """The first ``count`` pictures."""
+        return Judged(asked=self.asked[:count], pictures=self.pictures[:count])
+
+    def rest(self, count: int) -> "Judged":
+        """The pictures after the first ``count``."""
+        return Judged(asked=self.asked[count:], pictures=self.pictures[count:])
+
+
+# --- what a picture shows --------------------------------------------------------------------------------------------
+
+
+def shows_scene(scene: Scene, picture: Pixels) -> bool:
+    """Shape, colour and background are those of ``scene``."""
+    seen = classify(picture)
+    return seen is not None and seen.scene == scene
+
+
+def shows_object(scene: Scene, picture: Pixels) -> bool:
+    """Shape and colour are those of ``scene``."""
+    seen = classify(picture)
+    return seen is not None and (seen.scene.shape, seen.scene.colour) == (scene.shape, scene.colour)
+
+
+def shows_striped(scene: Scene, picture: Pixels) -> bool:
+    """The shape is that of ``scene`` and purple and yellow cover a quarter of it each, or more."""
+    seen = classify(picture)
+    return seen is not None and seen.scene.shape == scene.shape and is_striped(picture)
+
+
+def is_striped(picture: Pixels) -> bool:
+    """Purple and yellow cover a quarter of the object each, or more."""
+    found, _ = segment(picture)
+    pixels = picture[interior(found) > 0].astype(np.float32)
+    if not len(pixels):
+        return False
+    names = list(COLOURS)
+    distances = [np.abs(pixels - np.float32(COLOURS[name])).sum(1) for name in names]
+    nearest = np.argmin(distances, axis=0)
+    return all(float(np.mean(nearest == names.index(name))) >= 0.25 for name in ("purple", "yellow"))
+
+
+# --- running a script ------------------------------------------------------------------------------------------------
+
+
+def run(script: str, output: Path, asked: Sequence[Asked], steps: int, *options: str) -> tuple[Judged, Judged]:
+    """Train with previews at the first and the last step; returns the judged pictures of both moments."""
+    output.mkdir(parents=True, exist_ok=True)
+    prompts = output / "prompts.txt"
+    lines = (
+        f"{one.prompt} --w {SIZE[0]} --h {SIZE[1]} --d {number + 1} --s 20 --l 4" for number, one in enumerate(asked)
+    )
+    prompts.write_text("\n".join(lines) + "\n", encoding="utf-8")
+    command = [
+        sys.executable,
+        str(ROOT / script),
+        *COMMON,
+        f"--output_dir={output}",
+        f"--max_train_steps={steps}",
+        f"--sample_prompts={prompts}",
+        "--sample_at_first",
+        f"--sample_every_n_steps={steps}",
+        *options,
+    ]
+    done = subprocess.run(command, capture_output=True, text=True, check=False, cwd=ROOT)
+    if done.returncode:
+        sys.exit(f"{' '.join(command)}\n{done.stderr[-3000:]}")
+    before, after = (Judged(asked=asked, pictures=previews(output, step, len(asked))) for step in (0, steps))
+    return before, after
+
+
+def previews(output: Path, step: int, count: int) -> list[Pixels]:
+    """The previews of ``step``, in the order of their prompts."""
+    found: dict[int, Pixels] = {}
+    for path in sorted((output / "sample").glob("*.png")):
+        with Image.open(path) as image:
+            if int(image.info["step"]) == step:
+                found[int(image.info["seed"])] = np.asarray(image.convert("RGB"))
+    assert sorted(found) == list(range(1, count + 1)), f"previews are missing in {output}"
+    return [found[number] for number in sorted(found)]
+
+
+def scenes(count: int, *, shape: str | None = None, colour: str | None = None) -> list[Scene]:
+    """Scenes that go evenly through shapes, colours and backgrounds."""
+    colours, grounds = list(COLOURS), list(BACKGROUNDS)
+    return [
+        Scene(
+            shape=shape or SHAPES[number % len(SHAPES)],
+            colour=colour or colours[(number + number // len(SHAPES)) % len(colours)],
+            background=grounds[number % len(grounds)],
+        )
+        for number in range(count)
+    ]
+
+
+# --- the methods -----------------------------------------------------------------------------------------------------
+
+
+def dreambooth(work: Path) -> list[str]:
+    """Bind the token to stripes with the quickstart's pictures; with and without regularisation pictures."""
+    bound = [
+        Asked(prompt=f"a {TOKEN} {scene.shape} on a {scene.background} background", scene=scene) for scene in scenes(24)
+    ]
+    plain = [
+        Asked(prompt=f"a {scene.colour} {scene.shape} on a {scene.background} background", scene=scene)
+        for scene in scenes(40)
+    ]
+    lines = []
+    for name, keeps in (("with regularisation", True), ("without regularisation", False)):
+        config = work / f"dreambooth-{keeps}.toml"
+        text = (QUICKSTART / "dataset.toml").read_text(encoding="utf-8")
+        config.write_text(text if keeps else _without_regularisation(text), encoding="utf-8")
+        before, after = run(
+            "train_db.py",
+            work / name.replace(" ", "-"),
+            [*bound, *plain],
+            200,
+            f"--dataset_config={config}",
+            "--learning_rate=2e-4",
+            "--min_snr_gamma=5",
+            "--save_model_as=safetensors",
+        )
+        striped = [moment.first(len(bound)).share(shows_striped) for moment in (before, after)]
+        right = [moment.rest(len(bound)).share(shows_scene) for moment in (before, after)]
+        leaked = after.rest(len(bound)).share(lambda _, picture: is_striped(picture))
+        lines.append(
+            f"train_db.py {name}: striped with the token {striped[0]:.2f} -> {striped[1]:.2f}; plain pictures right "
+            f"{right[0]:.2f} -> {right[1]:.2f} (drift {right[0] - right[1]:.2f}), striped ones among them {leaked:.2f}"
+        )
+    return lines
+
+
+def _without_regularisation(text: str) -> str:
+    """The data set without its last subset, the regularisation pictures."""
+    return text[: text.rindex("[[datasets.subsets]]")]
+
+
+def inversion(script: str) -> Callable[[Path], list[str]]:
+    """Find the word for a pink star from 8 pictures."""
+
+    def measure(work: Path) -> list[str]:
+        images = work / "images"
+        images.mkdir(parents=True)
+        rng = np.random.default_rng(3)
+        concept = scenes(8, shape="star", colour="pink")
+        for number, scene in enumerate(concept):
+            Image.fromarray(render(scene, SIZE, rng)).save(images / f"{number}.png")
+            (images / f"{number}.txt").write_text(f"a {TOKEN} on a {scene.background} background", encoding="utf-8")
+        config = work / "dataset.toml"
+        config.write_text(
+            f"[general]\ncaption_extension = '.txt'\n[[datasets]]\nresolution = 128\nbatch_size = 4\n"
+            f"[[datasets.subsets]]\nimage_dir = '{images.as_posix()}'\nnum_repeats = 8\n",
+            encoding="utf-8",
+        )
+        asked = [
+            Asked(prompt=f"a {TOKEN} on a {scene.background} background", scene=scene)
+            for scene in scenes(32, shape="star", colour="pink")
+        ]
+        before, after = run(
+            script,
+            work / "out",
+            asked,
+            300,
+            f"--dataset_config={config}",
+            f"--token_string={TOKEN}",
+            "--init_word=shape",
+            "--learning_rate=2e-2",
+            "--lr_scheduler=cosine",
+            "--min_snr_gamma=5",
+            "--save_model_as=safetensors",
+        )
+        return [f"{script}: pink stars {before.share(shows_object):.2f} -> {after.share(shows_object):.2f}"]
+
+    return measure
+
+
+def fine_tuning(work: Path) -> list[str]:
+    """Teach the model the world's words in another language."""
+    images = work / "images"
+    images.mkdir(parents=True)
+    rng = np.random.default_rng(4)
+    entries = {}
+    for number, scene in enumerate(scenes(320)):
+        path = images / f"{number:03d}.png"
+        Image.fromarray(render(scene, SIZE, rng)).save(path)
+        entries[path.as_posix()] = {"caption": in_italian(scene)}
+    metadata = work / "meta.json"
+    metadata.write_text(json.dumps(entries), encoding="utf-8")
+    asked = [Asked(prompt=in_italian(scene), scene=scene) for scene in scenes(40)]
+    before, after = run(
+        "fine_tune.py",
+        work / "out",
+        asked,
+        600,
+        f"--in_json={metadata}",
+        f"--train_data_dir={images}",
+        "--resolution=128",
+        "--train_batch_size=8",
+        "--train_text_encoder",
+        "--learning_rate=3e-4",
+        "--lr_scheduler=cosine",
+        "--min_snr_gamma=5",
+        "--save_model_as=diffusers_safetensors",
+    )
+    return [f"fine_tune.py: Italian captions right {before.share(shows_scene):.2f} -> {after.share(shows_scene):.2f}"]
+
+
+def in_italian(scene: Scene) -> str:
+    """The caption of ``scene`` in Italian."""
+    return f"{ITALIAN[scene.shape]} {ITALIAN[scene.colour]} su sfondo {ITALIAN[scene.background]}"
+
+
+METHODS: dict[str, Callable[[Path], list[str]]] = {
+    "dreambooth": dreambooth,
+    "textual_inversion": inversion("train_textual_inversion.py"),
+    "xti": inversion("train_textual_inversion_XTI.py"),
+    "fine_tuning": fine_tuning,
+}
+
+
+def main() -> None:
+    """Run the methods and print a line for each measurement."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--only", choices=tuple(METHODS), help="the one method to run")
+    parser.add_argument("--sheet", type=Path, help="folder for sheets of the pictures")
+    options = parser.parse_args()
+    for name, measure in METHODS.items():
+        if options.only not in (None, name):
+            continue
+        with tempfile.TemporaryDirectory() as temporary:
+            work = Path(temporary) / name
+            work.mkdir()
+            print("\n".join(measure(work)), flush=True)
+            if options.sheet:
+                keep_sheets(work, options.sheet, name)
+
+
+def keep_sheets(work: Path, folder: Path, name: str) -> None:
+    """Write one sheet of all previews for every run below ``work``."""
+    folder.mkdir(parents=True, exist_ok=True)
+    for samples in sorted(work.rglob("sample")):
+        pictures = [np.asarray(Image.open(path).convert("RGB")) for path in sorted(samples.glob("*.png"))]
+        target = folder / f"{name}-{samples.parent.name}.png"
+        Image.fromarray(contact_sheet(pictures, 16)).save(target, optimize=True)
+    shutil.rmtree(work, ignore_errors=True)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,206 @@
+"""Fine-tune Stable Diffusion: the model itself learns from many images with captions, described by metadata files.
+
+Usage: ``accelerate launch fine_tune.py --dataset_config x.toml --pretrained_model_name_or_path model ...``, or plain
+``python fine_tune.py ...``; ``--help`` lists every option.
+"""
+
+import logging
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+from library.data.options import (
+    CacheOptions,
+    CaptionOptions,
+    CheckOptions,
+    ImageOptions,
+    LoaderOptions,
+    SourceOptions,
+    ValidationOptions,
+)
+from library.diffusion.options import LossOptions, NoiseOptions
+from library.errors import Problem, run_script
+from library.full_model_options import FineTuningOptions, ModelFileOptions, TrainedParts, target_problems
+from library.inputs import check_inputs
+from library.models.formats import suffix_of
+from library.models.options import AttentionOptions, ModelOptions, PromptOptions
+from library.option_relations import (
+    cached_text_notices,
+    fp8_problems,
+    fused_problems,
+    model_notices,
+    prediction_problems,
+    snr_problems,
+)
+from library.options import parse_options
+from library.runtime import set_up_logging, start_runtime
+from library.runtime_options import ConsoleOptions, DeepSpeedOptions, RuntimeOptions
+from library.training.options import (
+    EmaOptions,
+    HubOptions,
+    LengthOptions,
+    LoggingOptions,
+    MetadataOptions,
+    OptimizerOptions,
+    PreviewOptions,
+    ResumeOptions,
+    SaveOptions,
+    SchedulerOptions,
+)
+
+if TYPE_CHECKING:
+    from library.inputs import Inputs
+
+log = logging.getLogger("fine_tune")
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Options:
+    """Options of ``fine_tune.py``, by topic."""
+
+    model: ModelOptions
+    fine_tuning: FineTuningOptions
+    source: SourceOptions
+    check: CheckOptions
+    image: ImageOptions
+    captions: CaptionOptions
+    prompts: PromptOptions
+    cache: CacheOptions
+    loader: LoaderOptions
+    length: LengthOptions
+    optimizer: OptimizerOptions
+    scheduler: SchedulerOptions
+    noise: NoiseOptions
+    loss: LossOptions
+    runtime: RuntimeOptions
+    attention: AttentionOptions
+    ema: EmaOptions
+    save: SaveOptions
+    file: ModelFileOptions
+    resume: ResumeOptions
+    metadata: MetadataOptions
+    preview: PreviewOptions
+    logging: LoggingOptions
+    console: ConsoleOptions
+    validation: ValidationOptions
+    hub: HubOptions
+    deepspeed: DeepSpeedOptions
+
+    def problems(self) -> list[Problem]:
+        """What the groups make wrong together."""
+        return [
+            *prediction_problems(self.model, self.loss),
+            *self.parts.problems(),
+            *fused_problems(self.optimizer, self.length, self.runtime),
+            *snr_problems(self.noise, self.loss),
+            *fp8_problems(self.runtime),
+        ]
+
+    def notices(self) -> list[str]:
+        """What is worth knowing about the groups together."""
+        return [
+            *model_notices(self.model, self.prompts, self.noise),
+            *cached_text_notices(self.cache, trains_text=self.parts.text_encoder),
+            *self.fine_tuning.notices_with(self.attention, prior_loss_weight=self.source.prior_loss_weight),
+        ]
+
+    @property
+    def parts(self) -> TrainedParts:
+        """What of the model is trained."""
+        return self.fine_tuning.parts(self.optimizer.learning_rate)
+
+    @property
+    def caches_text(self) -> bool:
+        """Whether captions are encoded once, before training."""
+        return self.cache.cache_text_encoder_outputs and not self.parts.text_encoder
+
+
+def main(argv: list[str]) -> int:
+    """Check everything quickly, then train; returns the exit code."""
+    notices: list[str] = []
+    options = parse_options(
+        Options, argv, prog="fine_tune.py", description=__doc__.splitlines()[0], announce=notices.append
+    )
+    set_up_logging(options.console)
+    for notice in notices:
+        log.warning(notice)
+    # Looking at data needs NumPy; --help and mistakes in options do not wait for it.
+    from library.data.support import FINE_TUNING
+    from library.inspection import dry_run, inspect_data
+    from library.models.size import size_of_model
+
+    inspected = inspect_data(options, support=FINE_TUNING)
+    if inspected is not None:
+        return inspected
+    format = options.file.format(options.model.pretrained_model_name_or_path)
+    inputs = check_inputs(
+        options,
+        more=target_problems(options.save, format, options.ema),
+        support=FINE_TUNING,
+        captions_once=options.caches_text,
+    )
+    if options.check.dry_run:
+        size = size_of_model(options.model.pretrained_model_name_or_path)
+        return dry_run(
+            options,
+            inputs,
+            suffix=suffix_of(format),
+            trained_values=None if size is None else options.parts.values_of(size),
+            saved_values=None if size is None else size.total,
+        )
+    return train(options, inputs)
+
+
+def train(options: Options, inputs: "Inputs") -> int:
+    """Train the model; everything heavy is imported from here on."""
+    from library.cached_conditioning import text_conditioning
+    from library.data.setup import prepare_data
+    from library.full_model import FullModelTraining, load_trained_model, number_of_values
+    from library.models.attention import use_attention
+    from library.run import train as run
+    from library.task import DenoisingTask
+    from library.training.rates import try_rates
+
+    parts = options.parts
+    runtime = start_runtime(
+        options.runtime, find_unused_parameters=parts.leaves_unused(clip_skip=options.prompts.clip_skip)
+    )
+    try_rates(options, runtime.device)
+    data = prepare_data(inputs.spec, inputs.records)
+
+    # The model: trained parts stay in fp32, the others have the precision of the run.
+    model = load_trained_model(options.model, options.prompts, parts, runtime)
+    use_attention(model.unet, model.vae, options.fine_tuning.attention(options.attention))
+
+    # What is learnt.
+    task = DenoisingTask.of(
+        model,
+        text_conditioning(model, options.prompts, data, runtime, cached=options.caches_text),
+        runtime,
+        noise=options.noise,
+        loss=options.loss,
+        vae_batch_size=options.cache.vae_batch_size,
+    )
+    format = options.file.format(options.model.pretrained_model_name_or_path)
+    method = FullModelTraining(
+        task,
+        parts,
+        gradient_checkpointing=options.runtime.gradient_checkpointing,
+        format=format,
+        save_precision=options.save.save_precision,
+        offload_checkpoints=options.runtime.cpu_offload_checkpointing,
+    )
+    return run(
+        method,
+        task,
+        options=options,
+        inputs=inputs,
+        data=data,
+        kind="checkpoint" if suffix_of(format) else "diffusers",
+        suffix=suffix_of(format),
+        tracker_name="finetuning",
+        saved_values=number_of_values(model),
+    )
+
+
+if __name__ == "__main__":
+    run_script(main)

@@ -1,0 +1,71 @@
+"""What a trained model is saved as: the format, its suffix, and whether a place is free. Imports nothing heavy."""
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Final, Literal
+
+from library.errors import Problem
+
+ModelFormat = Literal["ckpt", "safetensors", "diffusers", "diffusers_safetensors"]
+"""A single file in the checkpoint layout, or a Diffusers folder with torch files or safetensors files in it."""
+
+METADATA_FILE: Final = "training_metadata.json"
+"""The file of a Diffusers folder that holds what a single file has in its safetensors header."""
+
+_SUFFIXES: Final[Mapping[ModelFormat, str]] = {
+    "ckpt": ".ckpt",
+    "safetensors": ".safetensors",
+    "diffusers": "",
+    "diffusers_safetensors": "",
+}
+
+
+def model_format(save_model_as: str | None, use_safetensors: bool, source: str | Path) -> ModelFormat:
+    """The format of the results.
+
+    Args:
+        save_model_as: The value of ``--save_model_as``; as the input when absent.
+        use_safetensors: ``--use_safetensors``: safetensors where the format is left open, by ``diffusers`` or by the
+            input.
+        source: The base model: a file, a Diffusers folder or a hub id (saved as a folder).
+    """
+    if save_model_as is None:
+        path = Path(source).expanduser()
+        if path.is_file():
+            return "safetensors" if use_safetensors or path.suffix.lower() == ".safetensors" else "ckpt"
+        return "diffusers_safetensors" if use_safetensors else "diffusers"
+    known: dict[str, ModelFormat] = {name: name for name in _SUFFIXES}
+    chosen = known[save_model_as]
+    return "diffusers_safetensors" if chosen == "diffusers" and use_safetensors else chosen
+
+
+def suffix_of(format: ModelFormat) -> str:
+    """The end of the results' names: ``.ckpt``, ``.safetensors``, or nothing for folders."""
+    return _SUFFIXES[format]
+
+
+def format_notices(save_model_as: str | None, use_safetensors: bool) -> list[str]:
+    """Whether ``--use_safetensors`` contradicts ``--save_model_as``, which counts."""
+    if save_model_as == "ckpt" and use_safetensors:
+        return ["without effect with --save_model_as ckpt: --use_safetensors"]
+    return []
+
+
+def is_trained_folder(path: Path) -> bool:
+    """Whether ``path`` is a Diffusers folder that training wrote, and so may be replaced by a newer one."""
+    return all((path / name).is_file() for name in (METADATA_FILE, "model_index.json"))
+
+
+def check_target(path: Path, format: ModelFormat) -> list[Problem]:
+    """What stands against giving a result the name ``path``: a folder or file of another kind that has it already."""
+    is_folder = suffix_of(format) == ""
+    if not path.exists() or (is_trained_folder(path) if is_folder else path.is_file()):
+        return []
+    what = "a folder" if path.is_dir() else "a file"
+    return [
+        Problem(
+            f"{path.name} is {what} that training did not write, and it is not replaced",
+            where="--output_name",
+            remedy="Choose another name for the result, or move what has it.",
+        )
+    ]

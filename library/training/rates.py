@@ -1,0 +1,176 @@
+"""Optimizer and schedule together: which schedule holds, what the two refuse of each other, and the curve they make.
+
+Imports nothing heavy.
+"""
+
+from typing import TYPE_CHECKING, Final, Protocol
+
+from library.errors import Problem
+from library.training.arguments import read_arguments
+from library.training.lr_schedulers import check_lr_scheduler, in_steps, is_relative_step, multiplier_for
+from library.training.optimizers import check_optimizer, kind_of, try_optimizer, uses_relative_step
+from library.training.options import RELATIVE_STEP, OptimizerOptions, SchedulerOptions
+from library.training.schedule_classes import build_schedule_class
+
+if TYPE_CHECKING:
+    import torch
+
+_LOW: Final = 0.1
+"""Factors of a rate that the optimizer finds itself, usually 1, are low up to here."""
+_ANY_LENGTH: Final = 1000
+"""Steps that show the shape of every schedule."""
+_HIGH: Final = 0.1
+"""Rates of optimizers that divide by the size of gradients, usually 1e-4, are high from here on."""
+
+
+class RateOptions(Protocol):
+    """The groups of a script's options that decide the learning rate."""
+
+    @property
+    def optimizer(self) -> OptimizerOptions: ...  # noqa: D102
+    @property
+    def scheduler(self) -> SchedulerOptions: ...  # noqa: D102
+
+
+def settled_schedule(options: RateOptions) -> SchedulerOptions:
+    """The schedule that holds: some optimizers replace the one asked for."""
+    asked = options.scheduler
+    if uses_relative_step(options.optimizer):
+        given = is_relative_step(asked.lr_scheduler) and ":" in asked.lr_scheduler and not asked.lr_scheduler_type
+        own = asked.lr_scheduler if given else f"{RELATIVE_STEP}:{options.optimizer.learning_rate}"
+        return SchedulerOptions(lr_scheduler=own, lr_warmup_steps=asked.lr_warmup_steps)
+    kind = kind_of(options.optimizer)
+    return SchedulerOptions() if kind is not None and kind.schedule_free else asked
+
+
+def check_rates(options: RateOptions) -> list[Problem]:
+    """What is wrong with optimizer and schedule, alone and together; imports nothing heavy."""
+    problems = check_optimizer(options.optimizer) + check_lr_scheduler(options.scheduler)
+    if problems:
+        return problems
+    name = options.scheduler.lr_scheduler
+    if is_relative_step(name) and not options.scheduler.lr_scheduler_type and not uses_relative_step(options.optimizer):
+        return [
+            Problem(
+                f"the schedule {name} is that of AdaFactor with relative_step=True",
+                where="--lr_scheduler",
+                remedy="Choose another, or --optimizer_type AdaFactor without relative_step=False.",
+            )
+        ]
+    return check_lr_scheduler(settled_schedule(options)) or _zero_rate_problems(options)
+
+
+def _zero_rate_problems(options: RateOptions) -> list[Problem]:
+    kind = kind_of(options.optimizer)
+    if kind is None or kind.zero_rate or min(learning_rate_curve(options, _ANY_LENGTH) or [1.0]) > 0:
+        return []
+    return [
+        Problem(
+            f"{kind.name} fails in a step with a learning rate of 0, and this schedule has such steps",
+            where="--lr_scheduler, --lr_warmup_steps, --learning_rate",
+            remedy="Leave the warm-up out, or choose another optimizer, for example DAdaptAdam.",
+        )
+    ]
+
+
+def try_rates(options: RateOptions, device: "torch.device") -> None:
+    """Try optimizer and schedule out on a throw-away weight on ``device``, before a model is loaded.
+
+    Raises:
+        UserError: The machine cannot run the optimizer, or a value is out of range.
+    """
+    optimizer = try_optimizer(options.optimizer, device)
+    schedule = settled_schedule(options)
+    if schedule.lr_scheduler_type:
+        build_schedule_class(schedule, optimizer, total_steps=1)
+
+
+def rate_notices(options: RateOptions) -> list[str]:
+    """What is without effect, or rarely meant."""
+    optimizer, kind = options.optimizer, kind_of(options.optimizer)
+    if kind is None:
+        return []
+    rate = optimizer.learning_rate
+    if uses_relative_step(optimizer):
+        unused = ["every learning rate", *_schedule_flags(options.scheduler)]
+        return [f"without effect with AdaFactor, which sets the rate itself (relative_step=True): {', '.join(unused)}"]
+    if kind.relative_step:
+        return _fixed_rate_notices(options)
+    if kind.schedule_free:
+        unused = [*_schedule_flags(options.scheduler), *_warmup_flags(options.scheduler)]
+        hint = f"; {kind.name} has the argument warmup_steps" if "--lr_warmup_steps" in unused else ""
+        return [f"without effect with {kind.name}, which has no schedule: {', '.join(unused)}{hint}"] if unused else []
+    if kind.finds_rate and rate <= _LOW:
+        return [
+            f"--learning_rate {rate:g} is very low for {kind.name}, which finds the rate itself and multiplies it by "
+            "this one: 1.0 is usual"
+        ]
+    if kind.class_name.lower().startswith(("adam", "lion", "paged")) and rate >= _HIGH:
+        return [f"--learning_rate {rate:g} is very high for {kind.name}: 1e-4 is usual for a network"]
+    return []
+
+
+def _schedule_flags(options: SchedulerOptions) -> list[str]:
+    """The schedule where one was asked for."""
+    if options.lr_scheduler_type:
+        return [f"--lr_scheduler_type {options.lr_scheduler_type}"]
+    usual = options.lr_scheduler == SchedulerOptions().lr_scheduler or is_relative_step(options.lr_scheduler)
+    return [] if usual else [f"--lr_scheduler {options.lr_scheduler}"]
+
+
+def _warmup_flags(options: SchedulerOptions) -> list[str]:
+    return ["--lr_warmup_steps"] if options.lr_warmup_steps else []
+
+
+def _fixed_rate_notices(options: RateOptions) -> list[str]:
+    """What Adafactor with a given rate gets on with best (the recommendations of the transformers library)."""
+    found = []
+    arguments, _ = read_arguments(options.optimizer.optimizer_args, flag="--optimizer_args")
+    if options.scheduler.lr_scheduler != "constant_with_warmup":
+        found.append("AdaFactor with relative_step=False goes best with --lr_scheduler constant_with_warmup")
+    if options.optimizer.max_grad_norm > 0:
+        found.append("AdaFactor limits its steps itself: --max_grad_norm 0 is recommended")
+    if arguments.get("clip_threshold", 1.0) != 1.0:
+        found.append("AdaFactor with relative_step=False goes best with clip_threshold=1.0")
+    return found
+
+
+def recorded_rates(options: RateOptions) -> dict[str, object]:
+    """Option values to put down in a result where they are not those given."""
+    if not uses_relative_step(options.optimizer):
+        return {}
+    return {"learning_rate": None, "lr_scheduler": settled_schedule(options).lr_scheduler}
+
+
+def learning_rate_curve(options: RateOptions, total_steps: int) -> list[float] | None:
+    """The learning rate of each optimizer step, for what has none of its own; None where only the run can tell.
+
+    Raises:
+        UserError: The options contradict each other.
+    """
+    schedule = settled_schedule(options)
+    if schedule.lr_scheduler_type or is_relative_step(schedule.lr_scheduler):
+        return None
+    rate = options.optimizer.learning_rate
+    factor = multiplier_for(schedule, total_steps, initial_lr=rate)
+    return [rate * factor(step) for step in range(total_steps)]
+
+
+def curve_lines(options: RateOptions, total_steps: int) -> list[str]:
+    """The curve on one line: the share of the learning rate at its ends, its quarters, and where a warm-up ends."""
+    schedule = settled_schedule(options)
+    name = schedule.lr_scheduler_type or schedule.lr_scheduler.partition(":")[0]
+    curve = learning_rate_curve(options, total_steps)
+    rate = options.optimizer.learning_rate
+    if curve is None:
+        return [f"learning rate: {name}, known while it runs"]
+    if not rate or min(curve) == max(curve) == rate:
+        return [f"learning rate: {rate:g} throughout ({name})"]
+    places = {0, total_steps // 4, total_steps // 2, 3 * total_steps // 4, total_steps - 1}
+    places.add(in_steps(schedule.lr_warmup_steps, total_steps))
+    shown = (f"{_share(curve[place] / rate)} at step {place + 1}" for place in sorted(places) if place < total_steps)
+    return [f"learning rate ({name}, of {rate:g} or the part's own): {', '.join(shown)}"]
+
+
+def _share(factor: float) -> str:
+    return f"{100 * factor:.3g} %"

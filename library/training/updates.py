@@ -1,0 +1,216 @@
+"""From gradients to new weights: after the backward pass, or within it."""
+
+import math
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
+from dataclasses import dataclass
+from typing import Any, Protocol
+
+import torch
+from torch import Tensor
+
+from library.errors import UserError
+from library.randomness import key
+from library.runtime import Runtime
+from library.training.rounding import widened
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class StepFacts:
+    """What a message about a step needs.
+
+    Attributes:
+        step: The step, from 0.
+        loss: Its mean loss over all processes.
+        images: Names the images of the step, made only for a message.
+    """
+
+    step: int
+    loss: float
+    images: object
+
+
+class Update(Protocol):
+    """How the gradients of a step change the weights."""
+
+    def watching(self, step: int) -> AbstractContextManager[None]:
+        """Wraps the backward passes of ``step``."""
+
+    def apply(self, facts: StepFacts) -> float:
+        """Finish the step; returns the norm of the gradient, before it was scaled down.
+
+        Raises:
+            UserError: The loss or the gradient is not finite.
+        """
+
+    @property
+    def was_skipped(self) -> bool:
+        """Whether an fp16 scaler has left the last step out."""
+
+
+class WholeUpdate:
+    """All weights at once, when the gradient of the step is complete.
+
+    Args:
+        optimizer: The optimizer, prepared by Accelerate.
+        runtime: Processes and precision.
+        max_grad_norm: Gradients are scaled down to this norm; 0 leaves them.
+        coupled: The optimizer's step for a weight depends on the others, so that all are stepped together.
+    """
+
+    def __init__(self, optimizer: Any, runtime: Runtime, *, max_grad_norm: float, coupled: bool = False) -> None:
+        self._optimizer = optimizer
+        self._coupled = coupled
+        self._runtime = runtime
+        self._limit = max_grad_norm if max_grad_norm > 0 else math.inf
+        self._steps = ParameterSteps(raw_optimizer(optimizer), runtime.seed)
+
+    def watching(self, step: int) -> AbstractContextManager[None]:
+        """Nothing happens during the backward pass."""
+        return nullcontext()
+
+    def apply(self, facts: StepFacts) -> float:
+        """Check, clip, step."""
+        norm = float(self._runtime.accelerator.clip_grad_norm_(self._steps.parameters, self._limit))
+        # An fp16 gradient may overflow: the scaler then skips the step and lowers its scale.
+        checked = 0.0 if self._runtime.accelerator.scaler is not None else norm
+        _check_finite(facts, checked, "the step was not made")
+        if not self._steps.has_narrow_weights:
+            self._optimizer.step()
+        elif self._coupled:
+            self._steps.make_together(facts.step)
+        else:
+            for number, parameter in enumerate(self._steps.parameters):
+                self._steps.make(number, parameter, facts.step)
+        self._optimizer.zero_grad(set_to_none=True)
+        return norm
+
+    @property
+    def was_skipped(self) -> bool:
+        """Whether an fp16 scaler has left the last step out."""
+        return not self._steps.has_narrow_weights and bool(self._optimizer.step_was_skipped)
+
+
+class FusedUpdate:
+    """Each weight as soon as its gradient is complete, which is then freed: no more than one gradient is ever held.
+
+    It fits optimizers that treat weights one by one, a single process, and a single micro-batch a step; and since a
+    gradient is gone before the next is known, their common norm cannot be limited.
+
+    Args:
+        optimizer: The optimizer, prepared by Accelerate.
+        seed: Seed of the run.
+    """
+
+    was_skipped = False
+
+    def __init__(self, optimizer: Any, *, seed: int) -> None:
+        self._optimizer = optimizer
+        self._steps = ParameterSteps(raw_optimizer(optimizer), seed)
+        self._squares: list[Tensor] = []
+
+    @contextmanager
+    def watching(self, step: int) -> Iterator[None]:
+        """Update within the backward passes of the block."""
+        self._squares = []
+        handles = [
+            parameter.register_post_accumulate_grad_hook(self._hook(number, step))  # type: ignore[no-untyped-call]
+            for number, parameter in enumerate(self._steps.parameters)
+            if parameter.requires_grad
+        ]
+        try:
+            yield
+        finally:
+            for handle in handles:
+                handle.remove()
+
+    def _hook(self, number: int, step: int) -> Callable[[Tensor], None]:
+        def update(parameter: Tensor) -> None:
+            assert parameter.grad is not None, "the hook follows the gradient"
+            square = parameter.grad.detach().float().pow(2).sum()
+            self._squares.append(square)
+            # A weight whose gradient is not finite keeps its value; the run ends after the pass.
+            if math.isfinite(float(square)):
+                self._steps.make(number, parameter, step)
+            parameter.grad = None
+
+        return update
+
+    def apply(self, facts: StepFacts) -> float:
+        """Check what has been done."""
+        norm = float(torch.stack(self._squares).sum().sqrt()) if self._squares else 0.0
+        _check_finite(facts, norm, "the step was made for the other weights only")
+        self._optimizer.zero_grad(set_to_none=True)
+        return norm
+
+
+class ParameterSteps:
+    """An optimizer's steps, one parameter at a time.
+
+    Args:
+        optimizer: The optimizer; :meth:`make` asks that it treats parameters independently of each other.
+        seed: Seed of the run.
+    """
+
+    def __init__(self, optimizer: torch.optim.Optimizer, seed: int) -> None:
+        self._optimizer = optimizer
+        self._seed = seed
+        self._group_of: list[dict[str, Any]] = [group for group in optimizer.param_groups for _ in group["params"]]
+        self.parameters: Sequence[Tensor] = [
+            parameter for group in optimizer.param_groups for parameter in group["params"]
+        ]
+
+    @property
+    def has_narrow_weights(self) -> bool:
+        """Whether trained weights are kept in bf16."""
+        return any(parameter.dtype == torch.bfloat16 for parameter in self.parameters)
+
+    def make(self, number: int, parameter: Tensor, step: int) -> None:
+        """Make ``step`` for the parameter at position ``number``; one without a gradient stays."""
+        if parameter.grad is None:
+            return
+        if parameter.dtype != torch.bfloat16:
+            self._step_only(number, parameter)
+            return
+        with self._widened(number, parameter, step):
+            self._step_only(number, parameter)
+
+    def make_together(self, step: int) -> None:
+        """Make ``step`` for all parameters at once, for an optimizer that looks at all of them."""
+        with ExitStack() as stack:
+            for number, parameter in enumerate(self.parameters):
+                if parameter.grad is not None and parameter.dtype == torch.bfloat16:
+                    stack.enter_context(self._widened(number, parameter, step))
+            self._optimizer.step()
+
+    def _widened(self, number: int, parameter: Tensor, step: int) -> AbstractContextManager[None]:
+        generator = torch.Generator(parameter.device).manual_seed(key(self._seed, "rounding", step, number))
+        return widened(parameter, self._optimizer.state[parameter], generator)
+
+    def _step_only(self, number: int, parameter: Tensor) -> None:
+        optimizer, group = self._optimizer, self._group_of[number]
+        groups, members = optimizer.param_groups, group["params"]
+        try:
+            group["params"], optimizer.param_groups = [parameter], [group]
+            optimizer.step()
+        finally:
+            group["params"], optimizer.param_groups = members, groups
+
+
+def raw_optimizer(optimizer: Any) -> torch.optim.Optimizer:
+    """The optimizer inside the one that Accelerate has prepared."""
+    inner: torch.optim.Optimizer = getattr(optimizer, "optimizer", optimizer)
+    return inner
+
+
+def _check_finite(facts: StepFacts, norm: float, outcome: str) -> None:
+    """End the run when ``norm`` or the loss is not finite."""
+    if math.isfinite(facts.loss) and math.isfinite(norm):
+        return
+    what = "gradient" if math.isfinite(facts.loss) else "loss"
+    raise UserError(
+        f"the {what} is not finite at step {facts.step + 1} (loss {facts.loss}, gradient norm {norm}); {outcome}",
+        where=f"images: {facts.images}",
+        remedy="Lower the learning rate, check these images, or use bf16 or fp32 instead of fp16. "
+        "What was saved before is good.",
+    )
