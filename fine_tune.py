@@ -156,6 +156,7 @@ def train(options: Options, inputs: "Inputs") -> int:
     from library.data.setup import prepare_data
     from library.full_model import FullModelTraining, load_trained_model, number_of_values
     from library.models.attention import use_attention
+    from library.results import Result
     from library.run import train as run
     from library.task import DenoisingTask
     from library.training.rates import try_rates
@@ -189,17 +190,13 @@ def train(options: Options, inputs: "Inputs") -> int:
         save_precision=options.save.save_precision,
         offload_checkpoints=options.runtime.cpu_offload_checkpointing,
     )
-    return run(
-        method,
-        task,
-        options=options,
-        inputs=inputs,
-        data=data,
+    result = Result(
         kind="checkpoint" if suffix_of(format) else "diffusers",
         suffix=suffix_of(format),
         tracker_name="finetuning",
         saved_values=number_of_values(model),
     )
+    return run(method, task, result, options=options, inputs=inputs, data=data)
 
 
 if __name__ == "__main__":

@@ -135,6 +135,7 @@ def train(options: Options, inputs: "Inputs") -> int:
     from library.models.attention import use_attention
     from library.models.fp8 import narrow_base
     from library.models.stable_diffusion import load_stable_diffusion
+    from library.results import Result
     from library.run import train as run
     from library.task import DenoisingTask
     from library.training.rates import try_rates
@@ -173,18 +174,14 @@ def train(options: Options, inputs: "Inputs") -> int:
         save_precision=options.save.save_precision,
         offload_checkpoints=options.runtime.cpu_offload_checkpointing,
     )
-    return run(
-        method,
-        task,
-        options=options,
-        inputs=inputs,
-        data=data,
+    result = Result(
         kind="lora",
         suffix=f".{options.network.save_model_as}",
         tracker_name="network_train",
         record=options.record,
         network_args=network_arguments(options.network),
     )
+    return run(method, task, result, options=options, inputs=inputs, data=data)
 
 
 def caches_text(options: Options) -> bool:

@@ -93,6 +93,7 @@ def train(options: Options, inputs: "Inputs", rewording: Rewording) -> int:
     from library.models.attention import use_attention
     from library.models.fp8 import narrow_base
     from library.models.stable_diffusion import load_stable_diffusion
+    from library.results import Result
     from library.run import train as run
     from library.task import DenoisingTask
     from library.textual_inversion import EmbeddingTraining, teach
@@ -127,16 +128,12 @@ def train(options: Options, inputs: "Inputs", rewording: Rewording) -> int:
         save_precision=options.save.save_precision,
         offload_checkpoints=options.runtime.cpu_offload_checkpointing,
     )
-    return run(
-        method,
-        task,
-        options=options,
-        inputs=inputs,
-        data=data,
+    result = Result(
         kind="textual-inversion",
         suffix=f".{options.embedding.save_model_as}",
         tracker_name="textual_inversion",
     )
+    return run(method, task, result, options=options, inputs=inputs, data=data)
 
 
 if __name__ == "__main__":

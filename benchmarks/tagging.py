@@ -15,7 +15,13 @@ import shutil
 import sys
 import tempfile
 import time
+from collections.abc import Mapping
 from pathlib import Path
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    import numpy as np
+    from numpy.typing import NDArray
 
 ROOT = Path(__file__).parent.parent
 sys.path.insert(0, str(ROOT))
@@ -94,37 +100,42 @@ def write_tagger(folder: Path) -> None:
 
 def measure(folder: Path, count: int, batch_size: int) -> None:
     """Run the tool with a clock around its network, and the network alone before and after."""
+    import onnxruntime
     import psutil
 
     from finetune import tag_images_by_wd14_tagger as tool
     from finetune.processes import Processes
-    from finetune.tagger_model import Tagger, load_tagger
+    from finetune.tagger_model import load_tagger
 
     inside, memory = [0.0], {}
-    run, process = Tagger.probabilities, psutil.Process()
+    session, process = onnxruntime.InferenceSession, psutil.Process()
+    run = session.run
     done = 0
 
-    def timed(self: Tagger, images: list) -> object:  # type: ignore[type-arg]
+    def timed(self: object, outputs: object, inputs: "Mapping[str, NDArray[np.float32]]") -> object:
         nonlocal done
         began = time.perf_counter()
-        found = run(self, images)
+        found = run(self, outputs, inputs)
         inside[0] += time.perf_counter() - began
-        done += len(images)
-        if done % 500 < len(images):
+        images = len(inputs["input"])
+        done += images
+        if done % 500 < images:
             memory[done // 500 * 500] = process.memory_info().rss / 2**20
         return found
 
     def alone() -> float:
         tagger = load_tagger(folder / "model", Processes())
         images = [tagger.read(path) for path in sorted((folder / "images").iterdir())[:SAMPLE] if path.suffix != ".txt"]
-        run(tagger, images[:batch_size])
-        began = time.perf_counter()
+        tagger.probabilities(images[:batch_size])
+        inside[0] = 0.0
         for start in range(0, len(images), batch_size):
-            run(tagger, images[start : start + batch_size])
-        return (time.perf_counter() - began) / len(images)
+            tagger.probabilities(images[start : start + batch_size])
+        return inside[0] / len(images)
 
+    session.run = timed
     before = alone()
-    Tagger.probabilities = timed  # type: ignore[assignment, method-assign]
+    inside[0], done = 0.0, 0
+    memory.clear()
     began = time.perf_counter()
     code = tool.main(
         [
@@ -137,13 +148,12 @@ def measure(folder: Path, count: int, batch_size: int) -> None:
             "0.9",
         ]
     )
-    total = time.perf_counter() - began
-    Tagger.probabilities = run  # type: ignore[method-assign]
+    total, within = time.perf_counter() - began, inside[0]
     after = alone()
     assert code == 0
     assert len(list((folder / "images").glob("*.txt"))) == count
     print(f"{count} images in {total:.1f} s, {count / total:.1f} a second, batches of {batch_size}")
-    print(f"inside the network: {inside[0]:.1f} s; outside: {100 * (1 - inside[0] / total):.1f} % of the time")
+    print(f"inside the network: {within:.1f} s; outside: {100 * (1 - within / total):.1f} % of the time")
     print(f"alone: {1000 * before:.1f} and {1000 * after:.1f} ms an image; the tool: {1000 * total / count:.1f} ms")
     print("memory, MiB: " + ", ".join(f"{value:.0f} after {place}" for place, value in memory.items()))
 

@@ -4,7 +4,7 @@ They are accepted with one warning, so that configuration files made elsewhere r
 declares itself is never foreign there.
 """
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from typing import Final
 
 _GUI: Final = "the GUI's own"
@@ -63,11 +63,11 @@ FOREIGN_KEYS: Final = _table(
 )
 
 
-def foreign_notice(names: Iterable[str]) -> list[str]:
-    """One line that lists the foreign options which were given, by reason; empty when there are none."""
+def foreign_notice(names: Iterable[str], reasons: Mapping[str, str] = FOREIGN_KEYS) -> list[str]:
+    """One line that lists the options which were given and are ignored, by reason; empty when there are none."""
     by_reason: dict[str, list[str]] = {}
     for name in sorted(set(names)):
-        by_reason.setdefault(FOREIGN_KEYS[name], []).append(name)
+        by_reason.setdefault(reasons[name], []).append(name)
     if not by_reason:
         return []
     listed = "; ".join(f"{', '.join(found)} ({reason})" for reason, found in by_reason.items())

@@ -2,7 +2,7 @@
 
 import re
 import tomllib
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Final
@@ -167,8 +167,11 @@ def config_path(name: str) -> Path:
     return Path(name if name.endswith(".toml") else f"{name}.toml")
 
 
-def read_config(path: Path, declared: Mapping[str, Declared]) -> Source:
-    """Read a TOML file; sections have no meaning and may be left out. Everything wrong is collected in ``problems``."""
+def read_config(path: Path, declared: Mapping[str, Declared], ignored: Collection[str] = FOREIGN_KEYS) -> Source:
+    """Read a TOML file; sections have no meaning and may be left out. Everything wrong is collected in ``problems``.
+
+    Keys that are neither ``declared`` nor ``ignored`` are mistakes.
+    """
     source = Source()
     text = _read_text(path, source)
     try:
@@ -180,7 +183,7 @@ def read_config(path: Path, declared: Mapping[str, Declared]) -> Source:
     for section, name, raw in _flattened(content):
         line = lines.get((section, name))
         where = f"{path}, line {line}" if line else str(path)
-        _read_key(name, raw, where, declared, source)
+        _read_key(name, raw, where, declared, source, ignored)
     _keep_last(source)
     return source
 
@@ -231,10 +234,12 @@ def _lines(text: str) -> dict[tuple[str, str], int]:
     return found
 
 
-def _read_key(name: str, raw: object, where: str, declared: Mapping[str, Declared], source: Source) -> None:
+def _read_key(
+    name: str, raw: object, where: str, declared: Mapping[str, Declared], source: Source, ignored: Collection[str]
+) -> None:
     if name in declared:
         source.given.append(Given(name, raw, where))
-    elif name in FOREIGN_KEYS:
+    elif name in ignored:
         source.foreign.append(name)
     elif name in CONFIG_FLAGS:
         source.problems.append(Problem(f"{name} has no place in a configuration file", where, "Give it as a flag."))

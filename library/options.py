@@ -17,6 +17,9 @@ A group, and the options class itself, may have these methods:
 - ``settled()``: the same group with values that follow from others filled in (groups only; the options class sees its
   groups settled).
 
+Its attribute ``ignored_in_files``, where it has one, gives keys that a file may hold without effect, each with the
+reason: files made elsewhere have them for every script. As flags they are what they otherwise are.
+
 Values from both sources go through one conversion; the command line wins over the file, the file over the defaults, and
 everything wrong is reported in one error.
 """
@@ -30,7 +33,7 @@ from typing import Any, Final, NoReturn, TypeVar, get_args, get_origin, get_type
 
 from library.errors import Problem, raise_if_any
 from library.option_fields import Declared, declarations, default_of, facts_of, option
-from library.option_foreign import foreign_notice
+from library.option_foreign import FOREIGN_KEYS, foreign_notice
 from library.option_help import help_text
 from library.option_sources import CONFIG_FLAGS, Given, Source, config_path, read_arguments, read_config
 from library.option_values import (
@@ -114,7 +117,8 @@ def parse_options(
     reading = _Reading(declared, problems=list(arguments.problems))
     settings = {item.name: item for item in arguments.given if item.name in CONFIG_FLAGS}
     writes = "output_config" in settings
-    config = _config_source(settings, declared, writes=writes)
+    ignored: Mapping[str, str] = getattr(kind, "ignored_in_files", {})
+    config = _config_source(settings, declared, ignored, writes=writes)
     skipped += _others(config, declared) if skips_others else []
     reading.problems += config.problems
     for item in (*config.given, *(item for item in arguments.given if item.name not in CONFIG_FLAGS)):
@@ -124,7 +128,7 @@ def parse_options(
     if writes:
         _write_config(config_path(str(settings["config_file"].raw)), options)
     notices += [f"not used here: {', '.join(sorted(set(skipped)))}"] if skipped else []
-    for text in (*arguments.notices, *config.notices, *foreign_notice(arguments.foreign + config.foreign), *notices):
+    for text in (*arguments.notices, *config.notices, *_ignored(arguments, config, ignored), *notices):
         (announce or log.warning)(text)
     return options
 
@@ -136,7 +140,14 @@ def _others(source: Source, declared: Mapping[str, Declared]) -> list[str]:
     return others
 
 
-def _config_source(settings: Mapping[str, Given], declared: Mapping[str, Declared], *, writes: bool) -> Source:
+def _ignored(arguments: Source, config: Source, reasons: Mapping[str, str]) -> list[str]:
+    """One line that lists what both sources give and is ignored."""
+    return foreign_notice(arguments.foreign + config.foreign, {**FOREIGN_KEYS, **reasons})
+
+
+def _config_source(
+    settings: Mapping[str, Given], declared: Mapping[str, Declared], ignored: Mapping[str, str], *, writes: bool
+) -> Source:
     """What the configuration file gives; nothing where it is to be written."""
     given = settings.get("config_file")
     if given is None:
@@ -146,7 +157,8 @@ def _config_source(settings: Mapping[str, Given], declared: Mapping[str, Declare
         return Source(problems=[wrong] if writes else [])
     path = config_path(str(given.raw))
     if not writes:
-        return read_config(path, declared)
+        used = {name: item for name, item in declared.items() if name not in ignored}
+        return read_config(path, used, {*FOREIGN_KEYS, *ignored})
     if path.exists():
         return Source(problems=[Problem(f"{path} exists already", "--output_config", "Choose another --config_file.")])
     return Source()

@@ -1,45 +1,48 @@
 """One training run around a method: plan, optimizer, resuming, hooks, the loop, and what is said at the end."""
 
-import functools
 import hashlib
 import logging
-from collections.abc import Callable, Mapping
+from collections.abc import Iterable
 from contextlib import nullcontext
-from typing import Any, Protocol
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any, Protocol
 
-from library.data.dataset import TrainingDataset
+from library.data.dataset import Batch, TrainingDataset
 from library.data.disk_cache import DiskLatentCache, Share
+from library.data.epoch_plan import EpochPlan
 from library.data.latent_cache import LatentCache
 from library.data.latent_encoding import LatentSource
 from library.data.loader import build_loader
 from library.data.mask_cache import MaskCache
-from library.data.options import LoaderOptions
+from library.data.options import CacheOptions, LoaderOptions
 from library.data.setup import TrainingData
-from library.data.summary import dataset_metadata
-from library.diffusion.options import NoiseOptions
 from library.errors import UserError, raise_if_any
 from library.hooks import Hooks
 from library.inputs import Inputs
 from library.models.latents import encoder_digest
 from library.options import flat_values
 from library.reporting import RunReport
+from library.results import Result, ResultOptions, metadata_writer
 from library.resuming import Progress
 from library.runtime import Runtime
-from library.start_screen import ScreenOptions, start_screen
+from library.start_screen import start_screen
 from library.task import DenoisingTask
 from library.training.clock import now, session_id
 from library.training.ema import WeightAverage
 from library.training.loop import Interruption, fit
 from library.training.lr_schedulers import build_lr_scheduler
-from library.training.metadata import Kind, ModelFacts, RunFacts, file_metadata, modelspec, training_metadata
+from library.training.metadata import RunFacts
 from library.training.method import StepShape, TrainingMethod
-from library.training.optimizers import build_optimizer, check_groups, result_weights
-from library.training.options import OptimizerOptions, RecordOptions
+from library.training.optimizers import BuiltOptimizer, build_optimizer, check_groups, result_weights
+from library.training.options import OptimizerOptions
 from library.training.progress import RunLength
-from library.training.rates import recorded_rates, settled_schedule
+from library.training.rates import settled_schedule
 from library.training.states import fingerprint
 from library.training.updates import FusedUpdate, Update, WholeUpdate
 from library.validation import ValidationSet, Validator, validation_timesteps
+
+if TYPE_CHECKING:
+    from torch.optim.lr_scheduler import LRScheduler
 
 log = logging.getLogger(__name__)
 
@@ -47,198 +50,256 @@ STOPPED = 130
 """Exit code of a run that another process's signal has stopped."""
 
 
-class RunOptions(ScreenOptions, Protocol):
+class RunOptions(ResultOptions, Protocol):
     """The groups of a script's options that a run needs."""
 
     @property
-    def noise(self) -> NoiseOptions: ...  # noqa: D102
-    @property
     def loader(self) -> LoaderOptions: ...  # noqa: D102
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class _Images:
+    """What images are read from.
+
+    Attributes:
+        held_out: The images that are held out, if there are any.
+        latents: Filled caches of latents; None where images are encoded as they are used.
+        masks: Masks beside them.
+    """
+
+    held_out: ValidationSet | None
+    latents: LatentSource | None
+    masks: MaskCache | None
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class _Learning:
+    """What changes the weights.
+
+    Attributes:
+        built: The optimizer as it was made.
+        optimizer: The same, prepared by Accelerate.
+        schedule: The learning rates.
+        average: The average of the weights, if one is kept.
+    """
+
+    built: BuiltOptimizer
+    optimizer: Any
+    schedule: "LRScheduler"
+    average: WeightAverage | None
 
 
 def train(
     method: TrainingMethod,
     task: DenoisingTask,
+    result: Result,
     *,
     options: RunOptions,
     inputs: Inputs,
     data: TrainingData,
-    kind: Kind,
-    suffix: str,
-    tracker_name: str,
-    saved_values: int | None = None,
-    record: RecordOptions | None = None,
-    network_args: Mapping[str, object] | None = None,
 ) -> int:
     """Train ``method`` and save what the options ask for.
 
     Args:
         method: What is trained.
         task: Its losses and previews.
+        result: What comes of it.
         options: The script's options.
         inputs: The checked inputs.
         data: The training set.
-        kind: What the result is, for its metadata.
-        suffix: Suffix of the result's file.
-        tracker_name: Name of the log where the options give none.
-        saved_values: Number of values in a saved model, where it is not that of the trained ones.
-        record: How the training is recorded in the result; None gives it a model card alone.
-        network_args: Arguments of the network module, for the record.
 
     Returns:
         The exit code: 0, or that of the signal that stopped the run.
     """
     with RunReport(options, inputs, data, task.runtime) as report:
-        return _train(
-            method,
-            task,
-            report,
-            options=options,
-            inputs=inputs,
-            data=data,
-            kind=kind,
-            suffix=suffix,
-            tracker_name=tracker_name,
-            saved_values=saved_values,
-            record=record,
-            network_args=network_args,
+        return _Run(method, task, result, options, inputs, data).train(report)
+
+
+class _Run:
+    """One run: what its stages have in common."""
+
+    def __init__(
+        self,
+        method: TrainingMethod,
+        task: DenoisingTask,
+        result: Result,
+        options: RunOptions,
+        inputs: Inputs,
+        data: TrainingData,
+    ) -> None:
+        self._method = method
+        self._task = task
+        self._result = result
+        self._options = options
+        self._inputs = inputs
+        self._data = data
+        self._runtime = task.runtime
+        self._started_at = now()
+        length = options.length
+        self._plan: EpochPlan = data.plan(
+            task.runtime.seed, accumulation=length.gradient_accumulation_steps, world=task.runtime.world
+        )
+        self._length = RunLength.of(
+            max_train_steps=length.max_train_steps,
+            max_train_epochs=length.max_train_epochs,
+            steps_per_epoch=self._plan.steps_per_epoch,
         )
 
+    def train(self, report: RunReport) -> int:
+        """The whole run; returns its exit code."""
+        raise_if_any(check_groups(self._options.optimizer, self._method.param_groups()))
+        images = self._images()
+        learning = self._learning()
+        made_of = fingerprint({**flat_values(self._options), "seed": self._runtime.seed}, _digest(self._data))
+        progress = Progress(
+            self._method, learning.optimizer, learning.schedule, self._runtime, made_of, learning.average
+        )
+        start_step = progress.resume(self._inputs.state, self._length)
+        hooks = self._hooks(images, learning, progress, report, start_step)
+        description = _short_name(learning.built.description)
+        report.began(
+            self._length,
+            start_step=start_step,
+            speed=hooks.speed,
+            results=lambda: hooks.written,
+            facts=(("optimizer", description), ("schedule", self._options.scheduler.lr_scheduler)),
+        )
+        self._say_what_will_be_done(start_step)
+        if start_step == 0:
+            hooks.previews.before_training()
+        with hooks.uploads or nullcontext():
+            code = self._fit(self._batches(images, start_step), learning, hooks, start_step)
+            hooks.say_what_was_written()
+            self._runtime.accelerator.end_training()
+        return code
 
-def _train(
-    method: TrainingMethod,
-    task: DenoisingTask,
-    report: RunReport,
-    *,
-    options: RunOptions,
-    inputs: Inputs,
-    data: TrainingData,
-    kind: Kind,
-    suffix: str,
-    tracker_name: str,
-    saved_values: int | None,
-    record: RecordOptions | None,
-    network_args: Mapping[str, object] | None,
-) -> int:
-    runtime, started_at = task.runtime, now()
-    raise_if_any(check_groups(options.optimizer, method.param_groups()))
-    held_out = _validation_set(options, inputs, data)
-    cached = data if held_out is None else held_out.data
-    latents = _filled_cache(task, options, cached)
-    masks = None if latents is None else MaskCache.fill(cached, latents)
-    plan = data.plan(runtime.seed, accumulation=options.length.gradient_accumulation_steps, world=runtime.world)
-    length = RunLength.of(
-        max_train_steps=options.length.max_train_steps,
-        max_train_epochs=options.length.max_train_epochs,
-        steps_per_epoch=plan.steps_per_epoch,
-    )
+    def _images(self) -> _Images:
+        """Caches filled, for training and held-out images together."""
+        options, held_out = self._options, None
+        if self._inputs.held_out is not None:
+            held_out = ValidationSet.of(self._inputs.spec, self._data, self._inputs.held_out, options.validation)
+        every = self._data if held_out is None else held_out.data
+        latents = _filled_cache(self._task, options.cache, every)
+        return _Images(
+            held_out=held_out, latents=latents, masks=None if latents is None else MaskCache.fill(every, latents)
+        )
 
-    # The optimizer tries itself out where it will run, and holds the parameters before Accelerate wraps the module.
-    method.module.to(runtime.device)
-    runtime.compile(task.model.unet, task.model.text_encoder)
-    built = build_optimizer(options.optimizer, method.param_groups())
-    schedule = build_lr_scheduler(settled_schedule(options), built.optimizer, length.total_steps)
-    method.module, optimizer = runtime.prepare(method.module, built.optimizer)
-    average = WeightAverage.of(options.ema, method.trained, runtime.device)
-    progress = Progress(method, optimizer, schedule, runtime, _made_of(options, runtime, data), average)
-    start_step = progress.resume(inputs.state, length)
+    def _learning(self) -> _Learning:
+        """The optimizer and what belongs to it, around the prepared module."""
+        method, runtime, options = self._method, self._runtime, self._options
+        # The optimizer tries itself out where it will run, and holds the parameters before Accelerate wraps the module.
+        method.module.to(runtime.device)
+        runtime.compile(self._task.model.unet, self._task.model.text_encoder)
+        built = build_optimizer(options.optimizer, method.param_groups())
+        schedule = build_lr_scheduler(settled_schedule(options), built.optimizer, self._length.total_steps)
+        method.module, optimizer = runtime.prepare(method.module, built.optimizer)
+        average = WeightAverage.of(options.ema, method.trained, runtime.device)
+        return _Learning(built=built, optimizer=optimizer, schedule=schedule, average=average)
 
-    facts = RunFacts(
-        session_id=session_id(runtime.seed),
-        started_at=started_at,
-        seed=runtime.seed,
-        train_images=data.train_examples,
-        reg_images=data.reg_examples,
-        validation_images=0 if held_out is None else len(held_out.images),
-        batches_per_epoch=-(-plan.batches_per_epoch // runtime.world),
-        epochs=length.epochs,
-        total_steps=length.total_steps,
-        optimizer=built.description,
-        base_model_version=task.model.variant.base_model_version,
-        model=options.model.pretrained_model_name_or_path or "",
-        vae=options.model.vae,
-        network_args=network_args,
-    )
-    describe = _metadata_writer(options, inputs, task, data, facts, kind, record)
-    validator = None
-    if held_out is not None:
-        validator = Validator(task, held_out, validation_timesteps(options.noise), cache=latents, masks=masks)
-    hooks = Hooks(
-        options,
-        inputs,
-        method,
-        task,
-        length,
-        progress,
-        describe,
-        suffix=suffix,
-        tracker_name=tracker_name,
-        average=average,
-        validator=validator,
-        images_of=plan.step_size,
-        start_step=start_step,
-        history=report.history,
-        result_weights=lambda: result_weights(built.optimizer),
-    )
-    report.began(
-        length,
-        start_step=start_step,
-        speed=hooks.speed,
-        results=lambda: hooks.written,
-        facts=(("optimizer", _short_name(built.description)), ("schedule", options.scheduler.lr_scheduler)),
-    )
-    screen = start_screen(
-        options,
-        inputs,
-        data,
-        seed=runtime.seed,
-        world=runtime.world,
-        suffix=suffix,
-        start_step=start_step,
-        trained_values=sum(tensor.numel() for tensor in method.trained.state_dict().values()),
-        saved_values=saved_values,
-    )
-    log.info("%s", "\n".join(["what will be done", *screen]))
-    if start_step == 0:
-        hooks.previews.before_training()
-    dataset = TrainingDataset(
-        data=data,
-        seed=runtime.seed,
-        total_steps=length.total_steps,
-        tokenize=task.text.tokenize,
-        cache=latents,
-        masks=None if latents is None else MaskCache.fill(data, latents),
-        prior_loss_weight=options.source.prior_loss_weight,
-    )
-    batches = build_loader(
-        dataset,
-        lambda: plan.micro_batches(start_step, length.total_steps, runtime.rank),
-        options.loader,
-        pin_memory=runtime.device.type == "cuda",
-    )
-    with hooks.uploads or nullcontext():
+    def _hooks(
+        self, images: _Images, learning: _Learning, progress: Progress, report: RunReport, start_step: int
+    ) -> Hooks:
+        """What follows each step."""
+        facts = self._facts(images, learning)
+        validator = None
+        if images.held_out is not None:
+            timesteps = validation_timesteps(self._options.noise)
+            validator = Validator(self._task, images.held_out, timesteps, cache=images.latents, masks=images.masks)
+        return Hooks(
+            self._options,
+            self._inputs,
+            self._method,
+            self._task,
+            self._length,
+            progress,
+            metadata_writer(
+                self._result, facts, self._task, options=self._options, inputs=self._inputs, data=self._data
+            ),
+            suffix=self._result.suffix,
+            tracker_name=self._result.tracker_name,
+            average=learning.average,
+            validator=validator,
+            images_of=self._plan.step_size,
+            start_step=start_step,
+            history=report.history,
+            result_weights=lambda: result_weights(learning.built.optimizer),
+        )
+
+    def _facts(self, images: _Images, learning: _Learning) -> RunFacts:
+        options, runtime, data = self._options, self._runtime, self._data
+        return RunFacts(
+            session_id=session_id(runtime.seed),
+            started_at=self._started_at,
+            seed=runtime.seed,
+            train_images=data.train_examples,
+            reg_images=data.reg_examples,
+            validation_images=0 if images.held_out is None else len(images.held_out.images),
+            batches_per_epoch=-(-self._plan.batches_per_epoch // runtime.world),
+            epochs=self._length.epochs,
+            total_steps=self._length.total_steps,
+            optimizer=learning.built.description,
+            base_model_version=self._task.model.variant.base_model_version,
+            model=options.model.pretrained_model_name_or_path or "",
+            vae=options.model.vae,
+            network_args=self._result.network_args,
+        )
+
+    def _say_what_will_be_done(self, start_step: int) -> None:
+        screen = start_screen(
+            self._options,
+            self._inputs,
+            self._data,
+            seed=self._runtime.seed,
+            world=self._runtime.world,
+            suffix=self._result.suffix,
+            start_step=start_step,
+            trained_values=sum(tensor.numel() for tensor in self._method.trained.state_dict().values()),
+            saved_values=self._result.saved_values,
+        )
+        log.info("%s", "\n".join(["what will be done", *screen]))
+
+    def _batches(self, images: _Images, start_step: int) -> Iterable[Batch]:
+        dataset = TrainingDataset(
+            data=self._data,
+            seed=self._runtime.seed,
+            total_steps=self._length.total_steps,
+            tokenize=self._task.text.tokenize,
+            cache=images.latents,
+            masks=images.masks,
+            prior_loss_weight=self._options.source.prior_loss_weight,
+        )
+        return build_loader(
+            dataset,
+            lambda: self._plan.micro_batches(start_step, self._length.total_steps, self._runtime.rank),
+            self._options.loader,
+            pin_memory=self._runtime.device.type == "cuda",
+        )
+
+    def _fit(self, batches: Iterable[Batch], learning: _Learning, hooks: Hooks, start_step: int) -> int:
+        """Train to the end or until asked to stop, and save then; returns the exit code."""
+        plan, optimizer = self._plan, learning.optimizer
         with Interruption().watched() as interruption, hooks.tracker:
             step = fit(
-                method,
+                self._method,
                 batches,
-                length=length,
+                length=self._length,
                 shape_of=lambda step: StepShape(micro_batches=plan.slots(step), examples=plan.step_size(step)),
                 optimizer=optimizer,
-                schedule=schedule,
-                update=_update(optimizer, options.optimizer, runtime, coupled=built.coupled),
-                runtime=runtime,
+                schedule=learning.schedule,
+                # After resuming, which gives the optimizer new groups.
+                update=_update(optimizer, self._options.optimizer, self._runtime, coupled=learning.built.coupled),
+                runtime=self._runtime,
                 start_step=start_step,
                 hooks=hooks.in_order,
-                name_examples=data.names,
+                name_examples=self._data.names,
                 interruption=interruption,
             )
-        finished = step == length.total_steps
-        if not finished and step > start_step:
-            hooks.save_interrupted(step, length)
-        hooks.say_what_was_written()
-        runtime.accelerator.end_training()
-    # Another process may have been the one that was asked to stop.
-    return 0 if finished else interruption.exit_code or STOPPED
+        if step == self._length.total_steps:
+            return 0
+        if step > start_step:
+            hooks.save_interrupted(step, self._length)
+        # Another process may have been the one that was asked to stop.
+        return interruption.exit_code or STOPPED
 
 
 def _short_name(description: str) -> str:
@@ -247,14 +308,8 @@ def _short_name(description: str) -> str:
     return f"{name.rpartition('.')[2]}{bracket}{arguments}"
 
 
-def _validation_set(options: RunOptions, inputs: Inputs, data: TrainingData) -> ValidationSet | None:
-    if inputs.held_out is None:
-        return None
-    return ValidationSet.of(inputs.spec, data, inputs.held_out, options.validation)
-
-
-def _filled_cache(task: DenoisingTask, options: RunOptions, data: TrainingData) -> LatentSource | None:
-    cache, runtime = options.cache, task.runtime
+def _filled_cache(task: DenoisingTask, cache: CacheOptions, data: TrainingData) -> LatentSource | None:
+    runtime = task.runtime
     if not cache.cache_latents and not data.has_latent_files:
         task.model.vae.to(runtime.device)
         return None
@@ -293,37 +348,6 @@ def _update(optimizer: Any, options: OptimizerOptions, runtime: Runtime, *, coup
     return FusedUpdate(optimizer, seed=runtime.seed)
 
 
-def _made_of(options: RunOptions, runtime: Runtime, data: TrainingData) -> dict[str, object]:
-    return fingerprint({**flat_values(options), "seed": runtime.seed}, _digest(data))
-
-
-def _metadata_writer(
-    options: RunOptions,
-    inputs: Inputs,
-    task: DenoisingTask,
-    data: TrainingData,
-    facts: RunFacts,
-    kind: Kind,
-    record: RecordOptions | None,
-) -> Callable[[int, int], dict[str, str]]:
-    """Gives the metadata of a file saved after some steps and epochs; only the process that saves calls it."""
-    batches_per_step = task.runtime.world * options.length.gradient_accumulation_steps
-
-    @functools.cache
-    def recorded() -> dict[str, str]:
-        # Hashes the base model, so not before a file is saved.
-        of_data = dataset_metadata(inputs.spec, data, batches_per_step=batches_per_step)
-        return training_metadata({**flat_values(options), **recorded_rates(options)}, facts, of_data)
-
-    def describe(step: int, epoch: int) -> dict[str, str]:
-        card = modelspec(options.metadata, _model_facts(options, inputs, task, kind), timestamp=now())
-        if record is None:
-            return card
-        return file_metadata(recorded(), card, step=step, epoch=epoch, no_metadata=record.no_metadata)
-
-    return describe
-
-
 def _digest(data: TrainingData) -> str:
     """A digest of what is trained on: names, sizes, captions and repeats of the images."""
     digest = hashlib.blake2b(digest_size=16)
@@ -331,15 +355,3 @@ def _digest(data: TrainingData) -> str:
         facts = (record.path.name, record.size, record.bucket, record.caption, record.repeats, record.is_reg)
         digest.update(repr((*facts, record.mask and record.mask.name)).encode())
     return digest.hexdigest()
-
-
-def _model_facts(options: RunOptions, inputs: Inputs, task: DenoisingTask, kind: Kind) -> ModelFacts:
-    return ModelFacts(
-        kind=kind,
-        base_model_version=task.model.variant.base_model_version,
-        resolution=inputs.spec.datasets[0].resolution,
-        output_name=options.save.output_name,
-        min_timestep=options.noise.min_timestep,
-        max_timestep=options.noise.max_timestep,
-        clip_skip=options.prompts.clip_skip,
-    )

@@ -112,6 +112,8 @@ class RuntimeOptions:
             found.append("without effect without --gradient_checkpointing: --cpu_offload_checkpointing")
         if self.dynamo_backend != _BACKEND and not self.torch_compile:
             found.append("without effect without --torch_compile: --dynamo_backend")
+        if self.lowram:
+            found.append("--lowram changes nothing: weights are mapped from their files in any case")
         if self.fp8_base and self.fp8_base_unet:
             found.append("--fp8_base includes the U-Net: --fp8_base_unet adds nothing")
         return found

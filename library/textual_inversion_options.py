@@ -1,6 +1,8 @@
 """Options of ``train_textual_inversion.py`` and ``train_textual_inversion_XTI.py``; imports nothing heavy."""
 
+from collections.abc import Mapping
 from dataclasses import dataclass, replace
+from typing import ClassVar, Final
 
 from library.data.options import (
     CacheOptions,
@@ -11,6 +13,7 @@ from library.data.options import (
     SourceOptions,
     ValidationOptions,
 )
+from library.data.schema import CAPTION_DROPOUT_KEYS
 from library.diffusion.options import LossOptions, NoiseOptions
 from library.errors import Problem
 from library.models.embedding_options import EmbeddingOptions
@@ -37,10 +40,18 @@ from library.training.options import (
     SchedulerOptions,
 )
 
+_NO_DROPOUT: Final = "a new word is learnt from its captions"
+
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class TextualInversionOptions:
     """Options of both scripts, by topic."""
+
+    ignored_in_files: ClassVar[Mapping[str, str]] = {
+        **dict.fromkeys(sorted(CAPTION_DROPOUT_KEYS), _NO_DROPOUT),
+        "no_token_padding": "only train_db.py leaves captions unpadded",
+        "weigts": "an embedding to go on from is given as weights",
+    }
 
     model: ModelOptions
     embedding: EmbeddingOptions

@@ -31,6 +31,7 @@ TOP = [
     "library.start_screen",
     "library.inspection",
     "library.resuming",
+    "library.results",
     "library.validation",
     "library.hooks",
     "library.reporting",

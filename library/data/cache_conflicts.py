@@ -40,7 +40,7 @@ def cache_conflicts(spec: DataSpec, remedy: str = _NOT_CACHED) -> Iterator[Findi
 
 def check_latents_alone(spec: DataSpec, records: Sequence["ImageRecord"], cache: CacheOptions) -> Iterator[Finding]:
     """Latents without images, which a run can use only if it caches those of the other images too."""
-    if cache.settled().cache_latents or not any(is_latent_file(record.path) for record in records):
+    if cache.settled().cache_latents or not any(is_latent_file(record.name) for record in records):
         return
     yield warning(
         "some latents have no image, so the latents of all images are cached in memory, as by --cache_latents",

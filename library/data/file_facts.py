@@ -29,6 +29,9 @@ _HASH_SIDE: Final = 8
 _WORTH_KEEPING: Final = 16_000_000
 """Pixels of a folder from which on its facts are remembered: fewer are decoded in an instant."""
 
+_SAME_COLOUR: Final = 2
+"""Levels by which lossy formats make pixels of one colour differ."""
+
 _AHEAD: Final = 4
 """Images that wait for each thread."""
 
@@ -50,7 +53,7 @@ class FileFacts:
     Attributes:
         digest: Of its bytes.
         look: Perceptual hash of 64 bits: whether each pixel of a 9 x 8 grey image is brighter than its right neighbour.
-        is_blank: All pixels have one colour.
+        is_blank: All pixels have one colour, or as good as.
         is_transparent: Some pixels are not opaque.
         is_turned: Its EXIF orientation is not upright.
         frames: Pictures in it.
@@ -83,7 +86,7 @@ def read_facts(records: Iterable[ImageRecord]) -> tuple[dict[Path, FileFacts], l
     Images that have not changed since an earlier check are not decoded again. What was found out is kept even where
     somebody stops the check.
     """
-    images = {record.path: record.size for record in records if not is_latent_file(record.path)}
+    images = {record.path: record.size for record in records if not is_latent_file(record.name)}
     began = time.time_ns()
     stamps = {path: stamp_of(status) for path in images if (status := _status(path)) is not None}
     folders: defaultdict[Path, list[Path]] = defaultdict(list)
@@ -169,7 +172,7 @@ def _facts_of(path: Path) -> FileFacts:
     return FileFacts(
         digest=hashlib.blake2b(content, digest_size=16).digest(),
         look=int.from_bytes(np.packbits(bits).tobytes(), "big"),
-        is_blank=all(low == high for low, high in lows_and_highs),  # type: ignore[misc]
+        is_blank=all(high - low <= _SAME_COLOUR for low, high in lows_and_highs),  # type: ignore[misc]
         is_transparent=is_transparent,
         is_turned=turned,
         frames=int(frames),

@@ -98,7 +98,7 @@ def file_pair(entry: Entry, view: ImageView, *, flipped: bool) -> tuple[Tensor, 
 
 
 def _is_file(data: TrainingData, number: int) -> bool:
-    return is_latent_file(data.records[number].path)
+    return is_latent_file(data.records[number].name)
 
 
 def _uses(data: TrainingData, numbers: Iterable[int]) -> dict[ImageView, Use]:

@@ -28,9 +28,9 @@ _SIZED: Final = re.compile(r"(.+)_\d{4,}x\d{4,}_sd\.npz")
 _PUT_BACK: Final = "Put the image back beside it, or remove the entry."
 
 
-def is_latent_file(path: Path) -> bool:
-    """Whether a record's file holds latents instead of an image."""
-    return path.suffix == LATENT_SUFFIX
+def is_latent_file(file: Path | str) -> bool:
+    """Whether a record's file, given by its path or its name, holds latents instead of an image."""
+    return str(file).endswith(LATENT_SUFFIX)
 
 
 @dataclass(frozen=True, slots=True)

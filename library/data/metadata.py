@@ -123,7 +123,8 @@ def read_metadata(path: Path) -> tuple[list[MetadataEntry], list[Finding]]:
     """The entries of a metadata file in its order, and what is wrong with it; wrong entries are left out.
 
     Args:
-        path: An existing file; with the suffix ``.jsonl`` one object a line, else one JSON object.
+        path: An existing file: one JSON object, or one object a line where its suffix is ``.jsonl`` or its first line
+            is an object with ``image_path``.
     """
     try:
         text = path.read_bytes().decode("utf-8-sig")
@@ -133,8 +134,19 @@ def read_metadata(path: Path) -> tuple[list[MetadataEntry], list[Finding]]:
     except OSError as mistake:
         return [], [error(f"the metadata file cannot be read: {mistake.strerror}", str(path), "Check the path.")]
     reader = _Reader(path, text)
-    entries = list(reader.json_lines() if path.suffix.lower() == ".jsonl" else reader.json_object())
+    is_lines = path.suffix.lower() == ".jsonl" or _begins_with_entry(text)
+    entries = list(reader.json_lines() if is_lines else reader.json_object())
     return entries, _shortened(reader.findings, path)
+
+
+def _begins_with_entry(text: str) -> bool:
+    """Whether the first line that is not blank is an entry of JSON Lines."""
+    first = text.lstrip().split("\n", 1)[0]
+    try:
+        entry = json.loads(first)
+    except (ValueError, RecursionError):
+        return False
+    return isinstance(entry, dict) and isinstance(entry.get("image_path"), str)
 
 
 def largest_train_resolution(files: Iterable[Path]) -> Size | None:

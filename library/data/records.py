@@ -243,7 +243,7 @@ def _with_sizes_of_metadata(
     if dataset.buckets.bucket_no_upscale:
         what = "train_resolution in the metadata is not used: with bucket_no_upscale the images decide their buckets"
         findings.append(warning(what, dataset.where, "Leave out bucket_no_upscale to use it."))
-        return [record if is_latent_file(record.path) else replace(record, bucket=None) for record in records]
+        return [record if is_latent_file(record.name) else replace(record, bucket=None) for record in records]
     area = dataset.resolution[0] * dataset.resolution[1]
     largest = max(sizes, key=lambda size: size[0] * size[1])
     if not area / _NEAR_AREA <= largest[0] * largest[1] <= area * _NEAR_AREA:

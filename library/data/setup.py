@@ -115,7 +115,7 @@ class TrainingData:
     @property
     def has_latent_files(self) -> bool:
         """Whether there are records with latents instead of an image."""
-        return any(is_latent_file(record.path) for record in self.records)
+        return any(is_latent_file(record.name) for record in self.records)
 
     def masked_by_opacity(self, number: int) -> bool:
         """Whether the transparency of the record at position ``number`` is its mask."""

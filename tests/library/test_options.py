@@ -137,9 +137,9 @@ def test_ambiguous_prefix_lists_candidates():
         (["-seed", "3"], "'-seed 3' belongs to no option", "two dashes"),
         (["--loss_type", "hubert"], "--loss_type allows l1, l2, huber, smooth_l1", "Did you mean huber?"),
         (
-            ["--dataset_class", "my.Set"],
-            "--dataset_class 'my.Set' is not available yet (data sets written by the user)",
-            "Leave --dataset_class out.",
+            ["--initial_epoch", "2"],
+            "--initial_epoch is not available yet (starting at a chosen step)",
+            "Leave --initial_epoch out.",
         ),
         (["--log_with", "tensorboard"], "--log_with tensorboard needs a folder", "Add --logging_dir FOLDER."),
         (["--output_config"], "--output_config needs", "--config_file"),

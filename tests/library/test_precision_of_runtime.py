@@ -99,27 +99,26 @@ def test_compiled_modules_keep_their_names(backend: str) -> None:
 
 def test_a_compiled_network_draws_anew_in_every_step() -> None:
     """DyLoRA trains other ranks in each micro-batch, by the seed that the loop sets: none may be compiled in."""
-    from networks import dylora
+    from networks.lora_module import LoRAModule, Variant, draw_uniform
+    from networks.lora_settings import Rank
 
     def gradients(compiled: bool) -> list[list[bool]]:
-        model = nn.Module()
-        model.down_blocks = nn.ModuleList([type("Transformer2DModel", (nn.Sequential,), {})(nn.Linear(3, 3))])
-        network = dylora.create_network(1.0, 4, 2, None, None, model, unit="1")
-        network.initialize(5)
-        network.apply_to(None, model, False, True)
-        network.prepare_grad_etc(None, model)
-        network.train()
-        layer = model.down_blocks[0]
+        layer = nn.Linear(3, 3)
+        ranks = LoRAModule("x", layer, Rank(dim=4, alpha=2), variant=Variant(draw_down=draw_uniform, unit=1))
+        ranks.initialize(5)
+        ranks.attach()
+        ranks.train()
         if compiled:
             torch._dynamo.reset()
             layer.compile(backend="eager")
         found = []
         for step in range(4):
             torch.manual_seed(step)
-            network.zero_grad()
+            ranks.zero_grad()
             layer(torch.ones(2, 3)).sum().backward()
-            (up,) = (value.grad for name, value in network.named_parameters() if "lora_up" in name)
-            found.append([bool(column.any()) for column in up.T])
+            gradient = ranks.lora_up.weight.grad
+            assert gradient is not None
+            found.append([bool(column.any()) for column in gradient.T])
         return found
 
     live = gradients(compiled=False)
@@ -260,6 +259,7 @@ def test_what_is_refused(given: list[str], words: list[str]) -> None:
     ("given", "words"),
     [
         (["--cpu_offload_checkpointing"], "without effect without --gradient_checkpointing"),
+        (["--lowram"], "--lowram changes nothing"),
         (["--dynamo_backend=eager"], "without effect without --torch_compile"),
         (["--zero_stage=3", "--zero3_init_flag"], "without --deepspeed: --zero_stage, --zero3_init_flag"),
         (["--fp8_base", "--fp8_base_unet", "--mixed_precision=bf16"], "--fp8_base_unet adds nothing"),

@@ -233,7 +233,7 @@ def test_previews_change_nothing(plain: Run, models: dict[str, Path], data: Path
         "--sample_sampler=euler_a",
         f"--sample_prompts={prompts}",
     )
-    assert len(list((run.folder / "sample").glob("*.png"))) == STEPS + 1
+    assert len(list((run.folder / "sample").glob("*_00_*.png"))) == STEPS + 1
     assert run.tensor_hash() == plain.tensor_hash()
 
 

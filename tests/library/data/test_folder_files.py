@@ -8,8 +8,8 @@ import pytest
 from PIL import Image
 
 from library.data import folder_files, index
-from library.data.caption_files import UnreadableCaptionError, caption_name, index_names
-from library.data.folder_files import FolderFiles
+from library.data.caption_files import UnreadableCaptionError, caption_name, caption_names, index_names
+from library.data.folder_files import FolderFiles, Listing
 from library.data.image_headers import UnreadableImageError
 from library.data.index import Table, cache_folder, is_settled, read_table, write_table
 
@@ -97,6 +97,28 @@ def test_a_file_that_was_changed_a_moment_ago_is_not_remembered(folder, reads):
     assert reads.of_a_start(folder)[1] == ["1.txt"]
     assert is_settled((1, now - 3_000_000_000), now)
     assert not is_settled((1, now - 1_000_000_000), now)
+
+
+def test_a_listing_that_tells_the_stamps_itself_tells_the_same(folder, monkeypatch):
+    names = ["0.png", "1.txt", "gone.png"]
+    asked = Listing(folder)
+    monkeypatch.setattr(folder_files, "_ASKED_ONE_BY_ONE", False)
+    told = Listing(folder)
+    assert told.names == asked.names
+    (folder / "1.txt").unlink()
+    assert told.stamps(names)[0] == (os.stat(folder / "0.png").st_size, LONG_AGO)
+    assert told.stamps(names)[1:] == [None, None]
+    monkeypatch.undo()
+    assert asked.stamps(names) == [told.stamps(["0.png"])[0], None, None]
+
+
+def test_names_by_suffix_leave_hidden_files_out(folder):
+    for name in ("b.PNG", ".png", ".hidden.gif", "Makefile"):
+        (folder / name).write_bytes(b"")
+    by_suffix = FolderFiles(folder).by_suffix()
+    assert sorted(by_suffix[".png"]) == [*IMAGES, "b.PNG"]
+    assert ".gif" not in by_suffix
+    assert not FolderFiles(folder / "missing").names
 
 
 def test_what_cannot_be_read_is_said_every_time(folder, reads):
@@ -212,3 +234,4 @@ def test_names_that_are_no_text_are_kept(folder):
 )
 def test_which_caption_file_belongs_to_an_image(image, extension, names, found):
     assert caption_name(image, extension, index_names([*names, image])) == found
+    assert caption_names([image], extension, {*names, image}) == {image: found}

@@ -86,6 +86,15 @@ def test_facts_of_blank_transparent_turned_and_animated(tmp_path):
     assert [fact.frames for fact in facts] == [1, 1, 1, 1, 2]
 
 
+def test_one_colour_is_blank_although_a_lossy_format_blurs_it(tmp_path):
+    records = write_images(tmp_path, sizes=[(16, 16)] * 2)
+    for record, levels in zip(records, (2, 3), strict=True):
+        image = Image.new("RGB", (16, 16), (200, 100, 50))
+        image.putpixel((3, 3), (200, 100 + levels, 50))
+        image.save(record.path)
+    assert [read_facts(records)[0][record.path].is_blank for record in records] == [True, False]
+
+
 def test_an_opaque_alpha_channel_is_not_transparent(tmp_path):
     records = write_images(tmp_path, sizes=[(16, 16)])
     Image.open(records[0].path).convert("RGBA").save(records[0].path)

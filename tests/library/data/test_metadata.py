@@ -332,6 +332,17 @@ def test_two_metadata_files_may_share_a_folder(tmp_path):
     assert not findings
 
 
+def test_json_lines_are_known_by_their_first_line_too(tmp_path):
+    make_images(tmp_path / "images", 2)
+    lines = ['{"image_path": "0.png", "caption": "a"}', '{"image_path": "1.png", "caption": "b"}']
+    path = write(tmp_path, "\n" + "\r\n".join(lines), "meta.json")
+    records, findings = scan(spec_of(path, tmp_path / "images"))
+    assert [record.caption for record in records] == ["a", "b"]
+    assert not errors(findings)
+    path = write(tmp_path, '{"image_path": {"caption": "a key like any other"}}', "meta.json")
+    assert [entry.key for entry in read_metadata(path)[0]] == ["image_path"]
+
+
 # --- dataset files and flags ---
 
 

@@ -1,0 +1,1 @@
+"""Tools that make a folder of images ready for training."""

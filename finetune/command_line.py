@@ -1,0 +1,43 @@
+"""The command line of a tool that works on a folder of images. Imports nothing heavy."""
+
+import logging
+from collections.abc import Sequence
+from typing import TypeVar
+
+from library.option_positions import name_positions, split_positions
+from library.options import parse_options
+from library.runtime import set_up_logging
+
+T = TypeVar("T")
+
+log = logging.getLogger(__name__)
+
+FOLDER = "train_data_dir"
+"""The option that is given by its place, without a flag; a flag or a line of a file does as well."""
+
+
+def read_options(kind: type[T], argv: Sequence[str], *, prog: str, description: str) -> T:
+    """The options of a tool, from ``argv`` and its ``--config_file``; sets the log up as they say.
+
+    Args:
+        kind: The tool's options class; it has a field ``console``.
+        argv: Command line without the program's name.
+        prog: The program's name.
+        description: What the tool does.
+
+    Raises:
+        UserError: Something is wrong; all problems together.
+    """
+    notices: list[str] = []
+    words, rest = split_positions(kind, argv)
+    options = parse_options(
+        kind,
+        [*name_positions(words, [FOLDER]), *rest],
+        prog=f"{prog} {FOLDER}",
+        description=description,
+        announce=notices.append,
+    )
+    set_up_logging(options.console)  # type: ignore[attr-defined]
+    for notice in notices:
+        log.warning(notice)
+    return options
