@@ -69,13 +69,9 @@ class Judged:
         pairs = zip(self.asked, self.pictures, strict=True)
         return float(np.mean([is_right(asked.scene, picture) for asked, picture in pairs]))
 
-    def first(self, count: int) -> "Judged":
-        """The first ``count`` pictures."""
-        return Judged(asked=self.asked[:count], pictures=self.pictures[:count])
-
-    def rest(self, count: int) -> "Judged":
-        """The pictures after the first ``count``."""
-        return Judged(asked=self.asked[count:], pictures=self.pictures[count:])
+    def part(self, start: int, end: int) -> "Judged":
+        """The pictures from ``start`` up to, not including, ``end``."""
+        return Judged(asked=self.asked[start:end], pictures=self.pictures[start:end])
 
 
 # --- what a picture shows --------------------------------------------------------------------------------------------
@@ -168,13 +164,19 @@ def scenes(count: int, *, shape: str | None = None, colour: str | None = None) -
 
 
 def dreambooth(work: Path) -> list[str]:
-    """Bind the token to stripes with the quickstart's pictures; with and without regularisation pictures."""
-    bound = [
-        Asked(prompt=f"a {TOKEN} {scene.shape} on a {scene.background} background", scene=scene) for scene in scenes(24)
-    ]
-    plain = [
-        Asked(prompt=f"a {scene.colour} {scene.shape} on a {scene.background} background", scene=scene)
-        for scene in scenes(40)
+    """Bind the token to stripes with the quickstart's pictures; with and without regularisation pictures.
+
+    How far the class drifts is told by prompts without the token: those that name a colour, and those that name the
+    shape alone, whose colour is the model's choice.
+    """
+    chosen = scenes(24)
+    asked = [
+        *(Asked(prompt=f"a {TOKEN} {scene.shape} on a {scene.background} background", scene=scene) for scene in chosen),
+        *(
+            Asked(prompt=f"a {scene.colour} {scene.shape} on a {scene.background} background", scene=scene)
+            for scene in chosen
+        ),
+        *(Asked(prompt=f"a {scene.shape} on a {scene.background} background", scene=scene) for scene in chosen),
     ]
     lines = []
     for name, keeps in (("with regularisation", True), ("without regularisation", False)):
@@ -184,19 +186,24 @@ def dreambooth(work: Path) -> list[str]:
         before, after = run(
             "train_db.py",
             work / name.replace(" ", "-"),
-            [*bound, *plain],
-            200,
+            asked,
+            300,
             f"--dataset_config={config}",
-            "--learning_rate=2e-4",
+            "--learning_rate=1e-3",
+            "--lr_scheduler=cosine",
             "--min_snr_gamma=5",
             "--save_model_as=safetensors",
         )
-        striped = [moment.first(len(bound)).share(shows_striped) for moment in (before, after)]
-        right = [moment.rest(len(bound)).share(shows_scene) for moment in (before, after)]
-        leaked = after.rest(len(bound)).share(lambda _, picture: is_striped(picture))
+        count = len(chosen)
+        striped = [moment.part(0, count).share(shows_striped) for moment in (before, after)]
+        right = [moment.part(count, 2 * count).share(shows_scene) for moment in (before, after)]
+        leaked = [
+            moment.part(2 * count, 3 * count).share(lambda _, picture: is_striped(picture))
+            for moment in (before, after)
+        ]
         lines.append(
             f"train_db.py {name}: striped with the token {striped[0]:.2f} -> {striped[1]:.2f}; plain pictures right "
-            f"{right[0]:.2f} -> {right[1]:.2f} (drift {right[0] - right[1]:.2f}), striped ones among them {leaked:.2f}"
+            f"{right[0]:.2f} -> {right[1]:.2f}; striped without the token {leaked[0]:.2f} -> {leaked[1]:.2f}"
         )
     return lines
 

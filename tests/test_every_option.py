@@ -71,7 +71,6 @@ CROPPED = "--no_enable_bucket --random_crop"
 TEXT = "--caption_extension=.txt"
 SHUFFLED = f"{TEXT} --shuffle_caption"
 REG = f"{FOLDERS} --reg_data_dir={{}}/reg"
-MASKS = f"{FOLDERS} --masked_loss"
 
 BATCHES: dict[str, Change] = {
     "train_data_dir": Change("--train_data_dir={}/reg"),
@@ -107,10 +106,10 @@ BATCHES: dict[str, Change] = {
     "bucket_reso_steps": Change("--bucket_reso_steps=32"),
     "bucket_no_upscale": Change("--bucket_no_upscale", "--resolution=96"),
     "resize_interpolation": Change("--resize_interpolation=nearest"),
-    "train_batch_size": Change("--train_batch_size=2"),
-    "alpha_mask": Change("--alpha_mask", MASKS),
-    "masked_loss": Change("--masked_loss", "--alpha_mask"),
-    "conditioning_data_dir": Change("--conditioning_data_dir={}/masks", MASKS),
+    "train_batch_size": Change("--train_batch_size=2", CROPPED),
+    "alpha_mask": Change("--alpha_mask"),
+    "masked_loss": Change("--masked_loss", "--conditioning_data_dir={}/masks"),
+    "conditioning_data_dir": Change("--conditioning_data_dir={}/masks", "--masked_loss"),
 }
 """Without a set in its context an option is added to the folders; ``fine_tune`` is checked with the same folders."""
 
@@ -184,3 +183,123 @@ def test_the_batches_differ(
     after = batches(script, f"{change.context} {change.option}", images)
     assert before != after
     assert isinstance(after[0], tuple) == (name != "dataset_class"), after
+
+
+# --- what a dry run prints
+
+EPOCHS = "--max_train_epochs=4"
+EVERY_EPOCH = f"{EPOCHS} --save_every_n_epochs=1"
+EVERY_STEP = "--save_every_n_steps=2"
+STATES = "--save_state"
+PREVIEWS = "--sample_every_n_steps=4 --sample_prompts={}/prompts.txt"
+HELD_OUT = "--validation_split=0.5"
+WARM = "--lr_scheduler=constant_with_warmup"
+
+SCREEN: dict[str, Change] = {
+    "output_dir": Change("--output_dir={}/elsewhere"),
+    "output_name": Change("--output_name=thing"),
+    "max_train_steps": Change("--max_train_steps=7"),
+    "max_train_epochs": Change("--max_train_epochs=3"),
+    "gradient_accumulation_steps": Change("--gradient_accumulation_steps=2"),
+    "seed": Change("--seed=8", SHUFFLED),
+    "learning_rate": Change("--learning_rate=3e-4"),
+    "lr_scheduler": Change("--lr_scheduler=cosine"),
+    "lr_warmup_steps": Change("--lr_warmup_steps=3", WARM),
+    "lr_decay_steps": Change("--lr_decay_steps=3", "--lr_scheduler=warmup_stable_decay"),
+    "lr_scheduler_num_cycles": Change("--lr_scheduler_num_cycles=2", "--lr_scheduler=cosine_with_restarts"),
+    "lr_scheduler_power": Change("--lr_scheduler_power=3", "--lr_scheduler=polynomial"),
+    "lr_scheduler_timescale": Change("--lr_scheduler_timescale=2", "--lr_scheduler=inverse_sqrt"),
+    "lr_scheduler_min_lr_ratio": Change(
+        "--lr_scheduler_min_lr_ratio=0.5", "--lr_scheduler=cosine_with_min_lr --lr_scheduler_min_lr_ratio=0.1"
+    ),
+    "optimizer_type": Change("--optimizer_type=Prodigy"),
+    "use_lion_optimizer": Change("--use_lion_optimizer", "--optimizer_args amsgrad=True"),
+    "save_precision": Change("--save_precision=fp16", "--mixed_precision=bf16"),
+    "save_every_n_epochs": Change("--save_every_n_epochs=1", EPOCHS),
+    "save_every_n_steps": Change("--save_every_n_steps=2"),
+    "save_n_epoch_ratio": Change("--save_n_epoch_ratio=2", EPOCHS),
+    "save_last_n_epochs": Change("--save_last_n_epochs=1", EVERY_EPOCH),
+    "save_last_n_epochs_state": Change("--save_last_n_epochs_state=1", f"{EVERY_EPOCH} {STATES}"),
+    "save_last_n_steps": Change("--save_last_n_steps=2", EVERY_STEP),
+    "save_last_n_steps_state": Change("--save_last_n_steps_state=2", f"{EVERY_STEP} {STATES}"),
+    "save_state": Change("--save_state", EVERY_STEP),
+    "save_state_on_train_end": Change("--save_state_on_train_end"),
+    "save_model_as": Change("--save_model_as=ckpt"),
+    "use_safetensors": Change("--use_safetensors", "--save_model_as=diffusers"),
+    "sample_every_n_steps": Change("--sample_every_n_steps=3", PREVIEWS),
+    "sample_every_n_epochs": Change("--sample_every_n_epochs=1", f"{EPOCHS} {PREVIEWS}"),
+    "sample_at_first": Change("--sample_at_first", PREVIEWS),
+    "sample_prompts": Change("--sample_prompts={}/others.txt", PREVIEWS),
+    "validation_split": Change(HELD_OUT),
+    "validation_seed": Change("--validation_seed=6", HELD_OUT),
+    "validate_every_n_steps": Change("--validate_every_n_steps=2", HELD_OUT),
+    "validate_every_n_epochs": Change("--validate_every_n_epochs=2", HELD_OUT),
+    "max_validation_steps": Change("--max_validation_steps=1", HELD_OUT),
+    "lowram": Change("--lowram"),
+    "deepspeed": Change("--deepspeed"),
+    "zero_stage": Change("--zero_stage=3"),
+    "offload_optimizer_device": Change("--offload_optimizer_device=cpu"),
+    "offload_optimizer_nvme_path": Change("--offload_optimizer_nvme_path={}"),
+    "offload_param_device": Change("--offload_param_device=cpu"),
+    "offload_param_nvme_path": Change("--offload_param_nvme_path={}"),
+    "zero3_init_flag": Change("--zero3_init_flag"),
+    "zero3_save_16bit_model": Change("--zero3_save_16bit_model"),
+    "fp16_master_weights_and_gradients": Change("--fp16_master_weights_and_gradients"),
+    "skip_until_initial_step": Change("--skip_until_initial_step"),
+    "initial_epoch": Change("--initial_epoch=2"),
+    "initial_step": Change("--initial_step=2"),
+    "network_dim": Change("--network_dim=8"),
+    "network_args": Change("--network_args conv_dim=4"),
+    "network_train_unet_only": Change("--network_train_unet_only"),
+    "network_train_text_encoder_only": Change("--network_train_text_encoder_only"),
+    "train_text_encoder": Change("--train_text_encoder", STATES),
+    "num_vectors_per_token": Change("--num_vectors_per_token=3"),
+    "token_string": Change("--token_string=qqz", "--use_object_template"),
+    "use_object_template": Change("--use_object_template"),
+    "use_style_template": Change("--use_style_template"),
+    "console_log_level": Change("--console_log_level=ERROR", "--lowram"),
+    "console_log_file": Change("--console_log_file={}/log.txt", "--lowram"),
+}
+"""What the plan, a notice or a refusal shows: of options of the right value the plan, as far as it is short."""
+
+
+@pytest.fixture(scope="module")
+def model(tmp_path_factory: pytest.TempPathFactory, images: Path) -> Path:
+    for name, lines in (("prompts", 1), ("others", 2)):
+        (images / f"{name}.txt").write_text("a thing\n" * lines, encoding="utf-8")
+    return tiny_sd(tmp_path_factory.mktemp("models") / "sd1", layers_per_block=1)
+
+
+def screen(script: str, words: str, model: Path, folder: Path, capsys: pytest.CaptureFixture[str]) -> str:
+    """What a dry run prints on both streams, or what it refuses."""
+    given = words.replace("{}", str(folder)).split()
+    own = {"train_network": ["--network_module=networks.lora"]}.get(script, [])
+    if script in WORDS:
+        own = ["--token_string=zwx", "--caption_prefix=zwx"]
+    source = FILE if script == "fine_tune" else FOLDERS
+    argv = ["--dry_run", f"--pretrained_model_name_or_path={model}", "--resolution=64", "--seed=7", *BUCKETS.split()]
+    argv += [f"--output_dir={folder}/out", "--max_train_steps=10", TEXT, *source.replace("{}", str(folder)).split()]
+    capsys.readouterr()
+    try:
+        importlib.import_module(script).main([*argv, *own, *given])
+    except UserError as error:
+        return f"refused: {error}"
+    shown = capsys.readouterr()
+    return f"{shown.out}\n{shown.err}"
+
+
+@pytest.mark.parametrize(
+    ("script", "name"), [(script, name) for name in SCREEN for script in having(name)], ids=lambda value: value
+)
+def test_the_screen_differs(
+    script: str, name: str, model: Path, images: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    change = SCREEN[name]
+    seen = []
+    for words in (change.context, f"{change.context} {change.option}"):
+        shown = screen(script, words, model, images, capsys)
+        # Times of log lines, and that a flag is given twice, say nothing about what it does.
+        lines = (line.partition(" WARNING ")[2] or line for line in shown.splitlines())
+        seen.append([line for line in lines if "given more than once" not in line])
+    assert not seen[0][0].startswith("refused"), seen[0]
+    assert seen[0] != seen[1]
