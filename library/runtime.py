@@ -4,6 +4,7 @@ Distribution and mixed precision belong to Accelerate; this module starts it as 
 would otherwise go unnoticed: a launcher that started fewer processes or another precision than was asked for.
 """
 
+import contextlib
 import logging
 import os
 import secrets
@@ -162,6 +163,8 @@ def start_runtime(options: RuntimeOptions, *, find_unused_parameters: bool) -> R
     import torch
 
     has_accelerator = torch.cuda.is_available() or torch.backends.mps.is_available()
+    if not has_accelerator:
+        _return_large_blocks()
     # Under torchrun without a GPU, Accelerate starts independent single runs unless it is told to use the CPU.
     accelerator = _accelerator(options, cpu=not has_accelerator, find_unused_parameters=find_unused_parameters)
     if options.mixed_precision == "fp16" and accelerator.device.type == "cpu":
@@ -270,6 +273,19 @@ def _unscale_fp16_gradients(scaler: Any) -> None:
         return unscale(optimizer, inverse_scale, found_inf, True)
 
     scaler._unscale_grads_ = unscale_fp16
+
+
+def _return_large_blocks() -> None:
+    """Let glibc map blocks from 1 MiB on by themselves, so that freeing one gives its memory back.
+
+    By default it learns from the first large block to keep such memory; between short-lived and lasting tensors of a
+    training step on the CPU it then scatters, and takes gigabytes more than is in use. Elsewhere nothing happens.
+    """
+    import ctypes
+
+    mmap_threshold = -3
+    with contextlib.suppress(OSError, AttributeError, TypeError):
+        ctypes.CDLL(None).mallopt(mmap_threshold, 1 << 20)
 
 
 def _device_name(device: "torch.device") -> str:

@@ -109,7 +109,7 @@ def read_spec(
     if cache.settled().cache_latents:
         findings.extend(cache_conflicts(spec))
     findings.extend(_without_effect(spec))
-    findings.extend(_mask_conflicts(spec, source))
+    findings.extend(_mask_conflicts(spec, source, support))
     return spec, findings
 
 
@@ -422,7 +422,7 @@ def _duplicates(subsets: Iterable[SubsetSpec]) -> Iterable[Finding]:
             )
 
 
-def _mask_conflicts(spec: DataSpec, source: SourceOptions) -> Iterable[Finding]:
+def _mask_conflicts(spec: DataSpec, source: SourceOptions, support: DataSupport) -> Iterable[Finding]:
     """Masks that are asked for in one place only."""
     subsets = [subset for dataset in spec.datasets for subset in dataset.subsets]
     with_folder = [subset for subset in subsets if subset.conditioning_data_dir is not None]
@@ -439,7 +439,7 @@ def _mask_conflicts(spec: DataSpec, source: SourceOptions) -> Iterable[Finding]:
             "Add --masked_loss, or remove the folder of masks.",
         )
     elif source.masked_loss and not with_folder and not any(subset.alpha_mask for subset in subsets):
-        yield error(
+        yield (error if support.needs_masks else warning)(
             "--masked_loss is given, but no masks",
             "--masked_loss",
             "Give conditioning_data_dir (folder of masks) or alpha_mask (transparency), or leave out --masked_loss.",

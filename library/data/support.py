@@ -21,6 +21,7 @@ class DataSupport:
         regularisation: Regularisation images.
         masks: Masks of the loss, as files or as transparency.
         caption_dropout: Leaving out captions, or tags of them, at random.
+        needs_masks: Asking for masks where there are none is a mistake, and not just worth telling.
     """
 
     folders: bool = True
@@ -28,6 +29,7 @@ class DataSupport:
     regularisation: bool = True
     masks: bool = True
     caption_dropout: bool = True
+    needs_masks: bool = True
 
 
 NETWORK: Final = DataSupport()
@@ -36,8 +38,8 @@ NETWORK: Final = DataSupport()
 DREAMBOOTH: Final = DataSupport(metadata=False)
 """The whole model, on folders of images."""
 
-FINE_TUNING: Final = DataSupport(folders=False, regularisation=False)
-"""The whole model, on metadata files."""
+FINE_TUNING: Final = DataSupport(folders=False, regularisation=False, needs_masks=False)
+"""The whole model, on metadata files; front ends write --masked_loss for sets without masks, too."""
 
 TEXTUAL_INVERSION: Final = DataSupport(caption_dropout=False)
 """Embeddings: without its caption an example would not hold the word that is trained."""

@@ -310,6 +310,8 @@ def strategy_for(item: Declared):
     for plain in (Path, str, bool, int, float):
         if plain.__name__ in kind:
             single = by_type[plain]
+            if item.facts.check is not None:
+                single = single.filter(lambda value: item.facts.check(value) is None)
             if item.name.endswith("_args"):
                 single = single.map(lambda value: f"key={value}")
             return st.lists(single, min_size=1).map(tuple) if is_variadic(item.type) else single
@@ -324,7 +326,8 @@ RELATED = {
     *("min_bucket_reso", "max_bucket_reso", "bucket_reso_steps", "caption_extention", "caption_extension"),
     *("cache_latents_to_disk", "dataset_class", "deepspeed", "full_fp16", "full_bf16", "fp8_base", "fp8_base_unet"),
     *("timestep_distribution", "timestep_logit_mean", "timestep_logit_std", "fused_backward_pass"),
-    *("huggingface_repo_id", "huggingface_repo_type", "huggingface_path_in_repo", "huggingface_token"),
+    *("huggingface_repo_id", "huggingface_repo_type", "huggingface_path_in_repo"),
+    *SECRET_KEYS,
 }
 FREE = {name: item for name, item in declarations(Options).items() if name not in RELATED and item.facts.later is None}
 

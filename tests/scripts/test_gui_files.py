@@ -278,6 +278,7 @@ def _words(run: Run, messages: list[str]) -> None:
 
 def _folder(run: Run, messages: list[str]) -> None:
     assert (run.folder / "tuned" / "model_index.json").is_file()
+    assert any("--masked_loss is given, but no masks" in text for text in messages)
 
 
 EXTRA = {

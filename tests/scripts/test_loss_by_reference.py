@@ -38,9 +38,7 @@ class Parts:
 
 @pytest.fixture(scope="module")
 def models(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Parts]:
-    return {
-        kind: _parts(tiny_sd(tmp_path_factory.mktemp("models") / kind, kind, layers_per_block=1)) for kind in FLAGS
-    }
+    return {kind: _parts(tiny_sd(tmp_path_factory.mktemp("models") / kind, kind, layers_per_block=1)) for kind in FLAGS}
 
 
 def _parts(folder: Path) -> Parts:

@@ -95,3 +95,11 @@ def test_caption_dropout_of_the_command_line_is_refused_too(tmp_path, name):
     assert not errors(read(path, captions=captions)[1])
     (finding,) = errors(read(path, captions=captions, support=TEXTUAL_INVERSION)[1])
     assert finding.where == f"--{name}"
+
+
+@pytest.mark.parametrize(("support", "severity"), [(NETWORK, "error"), (FINE_TUNING, "warning")])
+def test_masks_that_are_not_there(tmp_path, support, severity):
+    make_images(tmp_path / "images")
+    (tmp_path / "one.json").write_text('{"0": {"caption": "a"}}', encoding="utf-8")
+    _, findings = read(train=tmp_path / "images", in_json=tmp_path / "one.json", masked=True, support=support)
+    assert [one.severity for one in findings if one.what == "--masked_loss is given, but no masks"] == [severity]
