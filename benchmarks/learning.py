@@ -146,7 +146,8 @@ def previews(output: Path, step: int, count: int) -> list[Pixels]:
     found: dict[int, Pixels] = {}
     for path in sorted((output / "sample").glob("*.png")):
         with Image.open(path) as image:
-            if int(image.info["step"]) == step:
+            # The picture of all previews has no step of its own.
+            if int(image.info.get("step", -1)) == step:
                 found[int(image.info["seed"])] = np.asarray(image.convert("RGB"))
     assert sorted(found) == list(range(1, count + 1)), f"previews are missing in {output}"
     return [found[number] for number in sorted(found)]
@@ -322,7 +323,7 @@ def keep_sheets(work: Path, folder: Path, name: str) -> None:
     """Write one sheet of all previews for every run below ``work``."""
     folder.mkdir(parents=True, exist_ok=True)
     for samples in sorted(work.rglob("sample")):
-        pictures = [np.asarray(Image.open(path).convert("RGB")) for path in sorted(samples.glob("*.png"))]
+        pictures = [np.asarray(Image.open(path).convert("RGB")) for path in sorted(samples.glob("*_*_*.png"))]
         target = folder / f"{name}-{samples.parent.name}.png"
         Image.fromarray(contact_sheet(pictures, 16)).save(target, optimize=True)
     shutil.rmtree(work, ignore_errors=True)

@@ -57,11 +57,11 @@ def in_memory(monkeypatch: pytest.MonkeyPatch) -> dict[str, set[torch.dtype]]:
     found: dict[str, set[torch.dtype]] = {}
     original = library_run.train
 
-    def watched(method: Any, task: Any, **more: Any) -> int:
+    def watched(method: Any, task: Any, result: Any, **more: Any) -> int:
         if not found:
             found.update({name: dtypes(getattr(task.model, name)) for name in PARTS})
             found["trained"] = dtypes(method.trained)
-        return original(method, task, **more)
+        return original(method, task, result, **more)
 
     monkeypatch.setattr(library_run, "train", watched)
     return found
@@ -165,10 +165,10 @@ def test_channels_last_changes_rounding_only(
     layouts: list[bool] = []
     original = library_run.train
 
-    def watched(method: Any, task: Any, **more: Any) -> int:
+    def watched(method: Any, task: Any, result: Any, **more: Any) -> int:
         weights = (task.model.unet.conv_in.weight, task.model.vae.encoder.conv_in.weight)
         layouts.extend(weight.is_contiguous(memory_format=torch.channels_last) for weight in weights)
-        return original(method, task, **more)
+        return original(method, task, result, **more)
 
     monkeypatch.setattr(library_run, "train", watched)
     given = method_arguments(script, model, data / script)

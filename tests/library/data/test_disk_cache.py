@@ -51,7 +51,7 @@ def records_of(folder):
     """The records of what lies in ``folder``, with their sizes as they are."""
     (template,) = write_images(folder.parent / "template", [(64, 64)])
     paths = sorted(path for path in folder.iterdir() if path.suffix in (".png", ".jpg"))
-    return [replace(template, path=path, size=Image.open(path).size) for path in paths]
+    return [replace(template, folder=path.parent, name=path.name, size=Image.open(path).size) for path in paths]
 
 
 def data_of(folder, *, resolution=(64, 64), buckets=BUCKETS, **changes):
