@@ -280,7 +280,7 @@ def demo(environment: Environment) -> int:
         return code
     minutes, seconds = divmod(round(time.monotonic() - begun), 60)
     print(f"\nThe demo took {minutes} min {seconds} s and wrote:")
-    pictures = len(list((root / DEMO_OUTPUT / "sample").glob("*.png")))
+    pictures = len(list((root / DEMO_OUTPUT / "sample").glob("*[0-9].png")))
     for what, path in (
         ("LoRA", DEMO_OUTPUT / "shs.safetensors"),
         (f"{pictures} previews", DEMO_OUTPUT / "sample"),
