@@ -6,7 +6,14 @@ from pathlib import Path
 
 import pytest
 
+from tests.fresh import forget_accelerate
 from tests.tiny import Kind, tiny_ldm, tiny_sd
+
+
+@pytest.fixture(autouse=True)
+def fresh_accelerate() -> None:
+    """Whatever the tests before it ran, a test starts its own run."""
+    forget_accelerate()
 
 
 @pytest.fixture(autouse=True, scope="session")

@@ -18,6 +18,7 @@ from library.errors import UserError
 from library.models.latents import encode_images, encoder_digest
 from library.models.options import ModelOptions, PromptOptions
 from library.models.stable_diffusion import load_stable_diffusion
+from tests.fresh import forget_accelerate
 from tests.scripts.runs import run_script
 from tests.tiny import tiny_ldm, tiny_sd
 
@@ -47,10 +48,7 @@ def write_set(folder: Path, count: int = 3) -> tuple[Path, Path]:
 
 
 def run(images: Path, meta: Path, out: Path, model: Path, *more: str) -> int:
-    from accelerate.state import AcceleratorState, GradientState
-
-    AcceleratorState._reset_state(reset_partial_state=True)
-    GradientState._reset_state()
+    forget_accelerate()
     return prepare_buckets_latents.main([str(images), str(meta), str(out), str(model), *SMALL, *more])
 
 

@@ -17,14 +17,6 @@ from tests.library.parsing import parse, problems_of
 FACTS = StepFacts(step=0, loss=1.0, images="x.png")
 
 
-@pytest.fixture(autouse=True)
-def _fresh_accelerate() -> None:
-    from accelerate.state import AcceleratorState, GradientState
-
-    AcceleratorState._reset_state(reset_partial_state=True)
-    GradientState._reset_state()
-
-
 def started(monkeypatch: pytest.MonkeyPatch, **options: Any) -> dict[str, Any]:
     """The arguments that Accelerate is started with; its handlers by class name."""
     import accelerate

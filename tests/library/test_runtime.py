@@ -12,11 +12,7 @@ from library.runtime_options import ConsoleOptions, RuntimeOptions
 
 
 @pytest.fixture(autouse=True)
-def fresh_accelerate() -> Iterator[None]:
-    from accelerate.state import AcceleratorState, GradientState
-
-    AcceleratorState._reset_state(reset_partial_state=True)
-    GradientState._reset_state()
+def logging_as_before() -> Iterator[None]:
     handlers, level = list(logging.getLogger().handlers), logging.getLogger().level
     yield
     logging.getLogger().handlers[:] = handlers

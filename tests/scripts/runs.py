@@ -9,6 +9,8 @@ from types import ModuleType
 import numpy as np
 from PIL import Image
 
+from tests.fresh import forget_accelerate
+
 STEPS = 4
 
 
@@ -87,11 +89,7 @@ def script(name: str) -> ModuleType:
 
 def run_script(name: str, output: Path, *arguments: str) -> Run:
     """Run ``main`` of a script with output, log and fixed seed, and read what it left."""
-    from accelerate.state import AcceleratorState, GradientState
-
-    # Each test is a run of its own: Accelerate keeps its settings for the life of a process.
-    AcceleratorState._reset_state(reset_partial_state=True)
-    GradientState._reset_state()
+    forget_accelerate()
     log = output / "log"
     code = script(name).main([f"--output_dir={output}", f"--logging_dir={log}", "--seed=7", *arguments])
     return Run(output, read_losses(log), code)

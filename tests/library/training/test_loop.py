@@ -19,6 +19,7 @@ from library.training.loop import MOST_SKIPPED, Interruption, fit
 from library.training.method import Hook, StepShape
 from library.training.progress import Moment, RunLength
 from library.training.updates import WholeUpdate
+from tests.fresh import forget_accelerate
 
 
 @dataclass(frozen=True)
@@ -84,9 +85,8 @@ def train(
     decay: Callable[[int], float] = lambda step: 1.0,
 ) -> tuple[Method, int]:
     from accelerate import Accelerator
-    from accelerate.state import AcceleratorState
 
-    AcceleratorState._reset_state(reset_partial_state=True)
+    forget_accelerate()
     runtime = Runtime(Accelerator(cpu=True, step_scheduler_with_optimizer=False), torch.float32, 7)
     method = Method()
     optimizer = torch.optim.SGD(method.param_groups())

@@ -1,7 +1,6 @@
 """Weights updated within the backward pass, or kept in bf16: the same optimizer, in another order of work."""
 
 import copy
-from collections.abc import Iterator
 
 import pytest
 import torch
@@ -17,13 +16,10 @@ NAMES = ["AdamW", "AdamW8bit", "Lion", "SGDNesterov"]
 
 
 @pytest.fixture
-def runtime() -> Iterator[Runtime]:
+def runtime() -> Runtime:
     from accelerate import Accelerator
-    from accelerate.state import AcceleratorState
 
-    AcceleratorState._reset_state(reset_partial_state=True)
-    yield Runtime(Accelerator(cpu=True, step_scheduler_with_optimizer=False), torch.float32, 7)
-    AcceleratorState._reset_state(reset_partial_state=True)
+    return Runtime(Accelerator(cpu=True, step_scheduler_with_optimizer=False), torch.float32, 7)
 
 
 def network(dtype: torch.dtype = torch.float32) -> nn.Module:
