@@ -142,7 +142,7 @@ def train(options: Options, inputs: "Inputs") -> int:
     from networks.loading import build_network, network_arguments
     from networks.training import NetworkTraining
 
-    runtime = start_runtime(options.runtime, find_unused_parameters=may_leave_unused(options))
+    runtime = start_runtime(options.runtime, find_unused_parameters=may_leave_unused(options), seed=inputs.seed)
     try_rates(options, runtime.device)
     data = prepare_data(inputs.spec, inputs.records)
 

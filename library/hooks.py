@@ -6,6 +6,7 @@ from contextlib import nullcontext
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from library.files import sweep
 from library.inputs import Inputs
 from library.options import flat_values
 from library.resuming import Progress
@@ -28,6 +29,8 @@ from library.validation import ValidationHook, Validator
 
 if TYPE_CHECKING:
     from PIL.Image import Image
+
+    from library.training.progress import Moment
 
 log = logging.getLogger(__name__)
 
@@ -81,12 +84,12 @@ class Hooks:
                 return task.generate(prompt)
 
         runtime = task.runtime
+        self._length = length
         saving = options.save
         assert saving.output_dir is not None, "checked with the inputs"
         names = OutputNames(folder=saving.output_dir, name=saving.output_name, suffix=suffix)
         plan = SavePlan.for_models(saving, length.epochs)
         best = BestModel(names.folder, names.name, continued=start_step > 0) if validator is not None else None
-        self._keeps_states = saving.save_state or saving.save_state_on_train_end
         self._average = average
         self.speed = Speed(images_of)
         self.tracker = Tracker(
@@ -96,7 +99,10 @@ class Hooks:
             is_main=runtime.is_main,
             more=[] if history is None else [history],
             speed=self.speed,
+            former=progress.log,
+            continued_at=start_step,
         )
+        progress.log = self.tracker.place
         self.validation: ValidationHook | None = None
         if validator is not None and best is not None:
             self.validation = ValidationHook(
@@ -108,6 +114,8 @@ class Hooks:
                 best=best,
                 result_weights=result_weights,
             )
+        if runtime.is_main:
+            _sweep(names)
         self.uploads = uploads_to_hub(options.hub, is_main=runtime.is_main)
         self.models = [
             ModelSaver(
@@ -125,7 +133,8 @@ class Hooks:
             SavePlan.for_states(saving, length.epochs),
             names,
             progress.capture,
-            every_time=saving.save_state,
+            saving,
+            before=self.tracker.flush,
             is_main=runtime.is_main,
             uploads=self.uploads if options.hub.save_state_to_huggingface else None,
         )
@@ -146,16 +155,20 @@ class Hooks:
         """The hooks as the loop calls them."""
         averages: list[Hook] = [self._average] if self._average is not None else []
         validations: list[Hook] = [self.validation] if self.validation is not None else []
-        states: list[Hook] = [self.states] if self._keeps_states else []
-        return [*averages, self.tracker, *validations, *self.models, *states, self.previews, self.speed.start]
+        # A state says that everything before it is done, so it comes last.
+        saving: list[Hook] = [*self.models, self.previews, self._save_if_asked, self.states]
+        return [*averages, self.tracker, *validations, *saving, self.speed.start]
 
-    def save_interrupted(self, step: int, length: RunLength) -> None:
-        """Save the model, and the state if states are asked for, where the run was stopped."""
-        point = SavePoint(kind="step", number=step)
+    def save_now(self, step: int) -> None:
+        """Save model and state after ``step`` steps, whatever the options say."""
+        point, length = SavePoint(kind="step", number=step), self._length
         for saver in self.models:
             saver.save(point, step=step, epoch=step // length.steps_per_epoch)
-        if self._keeps_states:
-            self.states.save(point, step=step, epoch=length.epoch_of(step - 1))
+        self.states.save(point, step=step, epoch=length.epoch_of(step - 1))
+
+    def _save_if_asked(self, moment: "Moment") -> None:
+        if moment.save_requested and not moment.interrupted:
+            self.save_now(moment.step)
 
     @property
     def written(self) -> list[tuple[str, Path]]:
@@ -172,6 +185,13 @@ class Hooks:
         """Name the results."""
         for what, path in self.written:
             log.info("%s: %s", what, path)
+
+
+def _sweep(names: OutputNames) -> None:
+    """Mend what a killed run of the same name left in the output folder."""
+    sweep(names.folder, names.owns)
+    prefix = f"{names.name}_" if names.name else ""
+    sweep(names.folder / "sample", lambda name: name.startswith(prefix) and name.endswith(".png"))
 
 
 def _save(

@@ -41,7 +41,6 @@ from library.option_values import (
     did_you_mean,
     near_names,
     near_remedy,
-    not_available_yet,
     pair_problems,
     parse_int_or_float,
     parse_range,
@@ -187,7 +186,6 @@ class _Reading:
 
     def build(self, kind: type[T]) -> tuple[T, list[str]]:
         """The options, settled, and their notices; what is wrong with them is added to ``problems``."""
-        self._refuse_later()
         notices: list[str] = []
         parts: dict[str, Any] = {}
         hints = get_type_hints(kind)
@@ -200,17 +198,6 @@ class _Reading:
         if not self.failed:
             self._report(options, notices)
         return options, notices
-
-    def _refuse_later(self) -> None:
-        """Refuse the values that hold but are not available yet."""
-        for name, item in self.given.items():
-            declared = self.declared[name]
-            topic = not_available_yet(declared, self.values[name])
-            if topic is not None:
-                what = f"--{name}" if declared.facts.later else f"--{name} {_written(item.raw)}"
-                remedy = f"Leave --{name} out."
-                self.problems.append(Problem(f"{what} is not available yet ({topic})", item.where, remedy))
-                self.failed.add(name)
 
     def _group(self, name: str, default: Any, notices: list[str]) -> Any:
         own = [item.name for item in self.declared.values() if item.group == name]

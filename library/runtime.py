@@ -143,12 +143,13 @@ class _ConsoleHandler(logging.StreamHandler[Any]):
             self.handleError(record)
 
 
-def start_runtime(options: RuntimeOptions, *, find_unused_parameters: bool) -> Runtime:
+def start_runtime(options: RuntimeOptions, *, find_unused_parameters: bool, seed: int | None = None) -> Runtime:
     """Start Accelerate.
 
     Args:
         options: Precision, seed and process options.
         find_unused_parameters: Whether a step may leave trained parameters without a gradient.
+        seed: Seed of the run where the options give none; drawn where there is none either.
 
     Raises:
         UserError: fp16 was asked for where it cannot be trained, a backend of torch.compile is not there, or the
@@ -188,7 +189,7 @@ def start_runtime(options: RuntimeOptions, *, find_unused_parameters: bool) -> R
     return Runtime(
         accelerator,
         dtype,
-        _agree_on_seed(options.seed, accelerator),
+        _agree_on_seed(seed if options.seed is None else options.seed, accelerator),
         trains_narrow=options.full_fp16 or options.full_bf16,
         keeps_memory=options.highvram,
         compiler=options.dynamo_backend if options.torch_compile else None,

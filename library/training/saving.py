@@ -3,6 +3,7 @@
 import logging
 import shutil
 import struct
+import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -10,7 +11,8 @@ from typing import TYPE_CHECKING
 from library.errors import UserError
 from library.files import read_header
 from library.training.best import BestModel
-from library.training.naming import END, OutputNames, SavePlan, SavePoint, finished_epochs
+from library.training.naming import END, TIMED, OutputNames, SavePlan, SavePoint, finished_epochs
+from library.training.options import SaveOptions
 from library.training.privacy import shown_path
 from library.training.states import TrainingState, write_state
 from library.training.uploads import Uploads
@@ -86,15 +88,17 @@ class ModelSaver:
 
 
 class StateSaver:
-    """The hook that writes states: together with models, or only at the end.
+    """The hook that writes states: together with models, only at the end, or after some time.
 
     Args:
         plan: When to save and what stays.
         names: Names of the folders.
         capture: ``capture(step, epoch)`` gives the state of the run.
-        every_time: Save whenever the plan says so; otherwise only at the end.
+        options: Which of the plan's occasions are used, and after how many minutes a state is saved anyway.
+        before: Called before a state is saved: what it is to be continued with must be on the disk by then.
         is_main: Only the main process writes.
         uploads: Told of every saved state.
+        clock: Seconds, whatever the time of day does; for tests.
     """
 
     def __init__(
@@ -102,24 +106,33 @@ class StateSaver:
         plan: SavePlan,
         names: OutputNames,
         capture: CaptureState,
+        options: SaveOptions,
         *,
-        every_time: bool,
+        before: Callable[[], None] = lambda: None,
         is_main: bool = True,
         uploads: Uploads | None = None,
+        clock: Callable[[], float] = time.monotonic,
     ) -> None:
         self._plan = plan
         self._names = names
         self._capture = capture
-        self._every_time = every_time
+        self._options = options
+        self._before = before
         self._is_main = is_main
         self._uploads = uploads
+        self._clock = clock
+        self._since = clock()
         self.last_saved: Path | None = None
 
     def __call__(self, moment: "Moment") -> None:
         """Save what is due at ``moment``."""
-        for point in self._plan.due(moment):
-            if self._every_time or point == END:
-                self.save(point, step=moment.step, epoch=moment.epoch)
+        at_end = self._options.save_state or self._options.save_state_on_train_end
+        due = [point for point in self._plan.due(moment) if (at_end if point == END else self._options.save_state)]
+        minutes = self._options.save_state_every_minutes
+        if not due and not moment.finished and minutes is not None and self._clock() - self._since >= 60 * minutes:
+            due = [TIMED]
+        for point in due:
+            self.save(point, step=moment.step, epoch=moment.epoch)
 
     def save(self, point: SavePoint = END, *, step: int, epoch: int) -> None:
         """Save the state under the name of ``point``, then remove the one it replaces.
@@ -131,8 +144,10 @@ class StateSaver:
             return
         path = self._names.state(point)
         logger.info("saving state: %s", shown_path(path))
+        self._before()
         write_state(path, self._capture(step, epoch))
         self.last_saved = path
+        self._since = self._clock()
         if self._uploads is not None:
             self._uploads.add(path)
         outdated = self._plan.outdated(point)

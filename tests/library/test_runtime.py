@@ -10,6 +10,8 @@ from library.errors import UserError
 from library.runtime import _launcher_notices, _processes_asked_of_launcher, set_up_logging, start_runtime
 from library.runtime_options import ConsoleOptions, RuntimeOptions
 
+pytestmark = pytest.mark.usefixtures("accelerate_anew")
+
 
 @pytest.fixture(autouse=True)
 def logging_as_before() -> Iterator[None]:

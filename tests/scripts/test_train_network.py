@@ -262,7 +262,8 @@ def test_a_resumed_run_takes_a_new_learning_rate(models: dict[str, Path], data: 
     given = arguments(models["sd1"], write_dataset(data), "--save_state", "--save_every_n_steps=2")
     whole = run_script("train_network", tmp_path / "whole", *given)
     state = whole.folder / "at-step00000002-state"
-    run_script("train_network", tmp_path / "more", *given, f"--resume={state}", "--learning_rate=3e-3")
+    more = (f"--resume={state}", "--resume_allow_changes", "--learning_rate=3e-3")
+    run_script("train_network", tmp_path / "more", *given, *more)
     assert read_scalars(tmp_path / "more" / "log", "lr/unet") == pytest.approx([3e-3, 3e-3])
 
 
@@ -272,8 +273,9 @@ def test_a_state_of_another_network_is_refused(models: dict[str, Path], data: Pa
     given = arguments(models["sd1"], write_dataset(data), steps=2)
     run_script("train_network", tmp_path / "a", *given, "--save_state", "--save_every_n_steps=1")
     state = tmp_path / "a" / "at-step00000001-state"
+    more = ("--network_dim=8", "--resume_allow_changes", f"--resume={state}")
     with pytest.raises(UserError, match="does not fit what is trained"):
-        run_script("train_network", tmp_path / "b", *given, "--network_dim=8", f"--resume={state}")
+        run_script("train_network", tmp_path / "b", *given, *more)
 
 
 def test_a_finished_run_is_not_resumed(models: dict[str, Path], data: Path, tmp_path: Path) -> None:
