@@ -28,7 +28,7 @@ if TYPE_CHECKING:
 TORCH_SUFFIXES: Final = (".ckpt", ".pt", ".bin", ".pth")
 _TEMPORARY_MARK: Final = ".writing-"
 _REPLACED_MARK: Final = ".replaced-"
-_HALF_MADE: Final = re.compile(re.escape(_TEMPORARY_MARK) + "[0-9a-f]{8}-(.+)", re.DOTALL)
+_HALF_MADE: Final = re.compile(f"(?:{re.escape(_TEMPORARY_MARK)}[0-9a-f]{{8}}-)+(.+)", re.DOTALL)
 _HASH_CHUNK: Final = 1 << 20
 _LONGEST_NAME: Final = 255
 """Bytes of a file name, on every usual system."""
@@ -253,6 +253,20 @@ def _unwritable(path: Path, error: OSError) -> UserError:
         where=str(path.parent),
         remedy="Free space on the disk or choose another folder; earlier files are untouched.",
     )
+
+
+def discard(path: Path) -> None:
+    """Remove a file or a folder: under its name it is there whole until it is gone.
+
+    Raises:
+        OSError: It cannot be removed.
+    """
+    if not path.is_dir():
+        path.unlink()
+        return
+    going = _temporary_beside(path)
+    os.replace(path, going)
+    shutil.rmtree(going)
 
 
 def sweep(folder: Path, owns: Callable[[str], bool]) -> None:

@@ -17,7 +17,7 @@ from library.training.ema import WeightAverage
 from library.training.history import RunHistory
 from library.training.hub import uploads_to_hub
 from library.training.method import Hook, TrainingMethod
-from library.training.naming import OutputNames, SavePlan, SavePoint
+from library.training.naming import END, OutputNames, SavePlan, SavePoint
 from library.training.optimizers import ResultWeights
 from library.training.previews import Previews
 from library.training.progress import RunLength
@@ -165,6 +165,14 @@ class Hooks:
         for saver in self.models:
             saver.save(point, step=step, epoch=step // length.steps_per_epoch)
         self.states.save(point, step=step, epoch=length.epoch_of(step - 1))
+
+    def save_what_is_missing(self) -> None:
+        """Save what a run that has made its last step was killed before it could save."""
+        step, epochs = self._length.total_steps, self._length.epochs
+        savers: list[ModelSaver | StateSaver] = [*self.models, self.states]
+        for saver in savers:
+            if not saver.has_ended:
+                saver.save(END, step=step, epoch=epochs)
 
     def _save_if_asked(self, moment: "Moment") -> None:
         if moment.save_requested and not moment.interrupted:

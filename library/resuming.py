@@ -82,12 +82,12 @@ class Progress:
             read_foreign(folder, self._method.trained, self._optimizer) if is_foreign(folder) else read_state(folder)
         )
         step = state.step if asked is None else asked
-        if options.is_automatic and step >= length.total_steps:
-            log.info("the run is finished: %s is at step %d of %d", folder.name, step, length.total_steps)
-            return length.total_steps
-        _check_left(step, length, "--resume, --max_train_steps, --max_train_epochs")
+        is_finished = options.is_automatic and step == length.total_steps
+        if not is_finished:
+            _check_left(step, length, "--resume, --max_train_steps, --max_train_epochs")
         self._take(state, folder, options, at=step)
-        log.info("resuming at step %d from %s", step, folder.name)
+        what = "the run is finished" if is_finished else "resuming"
+        log.info("%s at step %d: %s", what, step, folder.name)
         return step
 
     def _take(self, state: TrainingState, folder: Path, options: ResumeOptions, *, at: int) -> None:

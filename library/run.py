@@ -162,9 +162,10 @@ class _Run:
             self._method, learning.optimizer, learning.schedule, self._runtime, self._made_of(), learning.average
         )
         start_step = progress.resume(self._inputs.state, self._options.resume, self._length)
-        if start_step == self._length.total_steps:
-            return 0
         hooks = self._hooks(images, learning, progress, report, start_step)
+        if start_step == self._length.total_steps:
+            hooks.save_what_is_missing()
+            return 0
         description = _short_name(learning.built.description)
         report.began(
             self._length,

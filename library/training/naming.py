@@ -58,7 +58,7 @@ class OutputNames:
         """Whether a file or folder of that name, directly below the folder, is one that such a run writes."""
         numbered = r"-\d{6,}|-step\d{8,}|-timed"
         stem = f"{re.escape(self.name)}({numbered})?" if self.name else r"(epoch-\d{6,}|at-step\d{8,}|timed|last|\w+)"
-        return re.fullmatch(rf"{stem}(-ema|-best)?(-state|(\.\w+)*)", file) is not None
+        return re.fullmatch(rf"{stem}(-ema|-best|-report)?(-state|(\.\w+)*)", file) is not None
 
     def _stem(self, point: SavePoint) -> str:
         if point.kind == "epoch":

@@ -1,7 +1,6 @@
 """Hooks that save: the model so far, and the state of the run."""
 
 import logging
-import shutil
 import struct
 import time
 from collections.abc import Callable
@@ -9,7 +8,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from library.errors import UserError
-from library.files import read_header
+from library.files import discard, read_header
 from library.training.best import BestModel
 from library.training.naming import END, TIMED, OutputNames, SavePlan, SavePoint, finished_epochs
 from library.training.options import SaveOptions
@@ -58,6 +57,11 @@ class ModelSaver:
         self._weights = weights
         self._uploads = uploads
         self.last_saved: Path | None = None
+
+    @property
+    def has_ended(self) -> bool:
+        """Whether the final model is there."""
+        return self._names.model(END).exists()
 
     def __call__(self, moment: "Moment") -> None:
         """Save what is due at ``moment``."""
@@ -124,10 +128,20 @@ class StateSaver:
         self._since = clock()
         self.last_saved: Path | None = None
 
+    @property
+    def has_ended(self) -> bool:
+        """Whether the final state is there, or none is asked for."""
+        return not self._at_end or self._names.state(END).exists()
+
+    @property
+    def _at_end(self) -> bool:
+        return self._options.save_state or self._options.save_state_on_train_end
+
     def __call__(self, moment: "Moment") -> None:
         """Save what is due at ``moment``."""
-        at_end = self._options.save_state or self._options.save_state_on_train_end
-        due = [point for point in self._plan.due(moment) if (at_end if point == END else self._options.save_state)]
+        due = [
+            point for point in self._plan.due(moment) if (self._at_end if point == END else self._options.save_state)
+        ]
         minutes = self._options.save_state_every_minutes
         if not due and not moment.finished and minutes is not None and self._clock() - self._since >= 60 * minutes:
             due = [TIMED]
@@ -183,9 +197,6 @@ def _remove(path: Path, message: str, uploads: Uploads | None = None) -> None:
         return
     logger.info(message, shown_path(path))
     try:
-        if path.is_dir():
-            shutil.rmtree(path)
-        else:
-            path.unlink()
+        discard(path)
     except OSError as error:
         logger.warning("%s could not be removed: %s", shown_path(path), error.strerror or error)
