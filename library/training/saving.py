@@ -23,6 +23,8 @@ if TYPE_CHECKING:
 logger = logging.getLogger(__name__)
 
 SaveModel = Callable[[Path, int, int], None]
+Saved = Callable[[Path, int, int], None]
+"""Told of what is complete under its name, with the finished steps and epochs."""
 CaptureState = Callable[[int, int], TrainingState]
 
 
@@ -37,6 +39,7 @@ class ModelSaver:
         best: Told of every saved model; the best one is not removed.
         weights: What is saved, as :class:`BestModel` calls it.
         uploads: Told of every saved model.
+        saved: Told of every saved model.
     """
 
     def __init__(
@@ -49,6 +52,7 @@ class ModelSaver:
         best: BestModel | None = None,
         weights: str = "model",
         uploads: Uploads | None = None,
+        saved: Saved | None = None,
     ) -> None:
         self._plan = plan
         self._names = names
@@ -57,6 +61,7 @@ class ModelSaver:
         self._best = best
         self._weights = weights
         self._uploads = uploads
+        self._saved = saved
         self.last_saved: Path | None = None
 
     def __call__(self, moment: "Moment") -> None:
@@ -78,6 +83,8 @@ class ModelSaver:
         self._save(path, step, epoch)
         _verify_model(path)
         self.last_saved = path
+        if self._saved is not None:
+            self._saved(path, step, epoch)
         if self._uploads is not None:
             self._uploads.add(path)
         surpassed = self._best.saved(path, step, self._weights) if self._best is not None else None
@@ -98,6 +105,7 @@ class StateSaver:
         before: Called before a state is saved: what it is to be continued with must be on the disk by then.
         is_main: Only the main process writes.
         uploads: Told of every saved state.
+        saved: Told of every saved state.
         clock: Seconds, whatever the time of day does; for tests.
     """
 
@@ -111,6 +119,7 @@ class StateSaver:
         before: Callable[[], None] = lambda: None,
         is_main: bool = True,
         uploads: Uploads | None = None,
+        saved: Saved | None = None,
         clock: Callable[[], float] = time.monotonic,
     ) -> None:
         self._plan = plan
@@ -120,6 +129,7 @@ class StateSaver:
         self._before = before
         self._is_main = is_main
         self._uploads = uploads
+        self._saved = saved
         self._clock = clock
         self._since = clock()
         self.last_saved: Path | None = None
@@ -148,6 +158,8 @@ class StateSaver:
         write_state(path, self._capture(step, epoch))
         self.last_saved = path
         self._since = self._clock()
+        if self._saved is not None:
+            self._saved(path, step, epoch)
         if self._uploads is not None:
             self._uploads.add(path)
         outdated = self._plan.outdated(point)
