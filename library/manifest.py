@@ -56,6 +56,11 @@ class RunManifest:
         self._began_at = now()
         self._content: dict[str, Any] | None = None
 
+    @property
+    def facts(self) -> tuple[tuple[str, str], ...]:
+        """Its name, for the report; nothing where none is written."""
+        return (("manifest", self._path.name),) if self._is_wanted else ()
+
     def began(self, length: RunLength, *, start_step: int) -> None:
         """The run is about to take its first step.
 

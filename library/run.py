@@ -175,7 +175,11 @@ class _Run:
             start_step=start_step,
             speed=hooks.speed,
             results=lambda: hooks.written,
-            facts=(("optimizer", description), ("schedule", self._options.scheduler.lr_scheduler)),
+            facts=(
+                ("optimizer", description),
+                ("schedule", self._options.scheduler.lr_scheduler),
+                *manifest.facts,
+            ),
         )
         self._say_what_will_be_done(start_step)
         manifest.began(self._length, start_step=start_step)

@@ -73,31 +73,37 @@ def main(argv: list[str]) -> int:
     assert options.manifest is not None, "asked for with the options"
     # What is remarkable about the data set, the run itself will tell.
     logging.getLogger().addHandler(logging.NullHandler())
-    from library.reproduction import arguments_of, places_of, script_of, write_inputs
+    from library.reproduction import places_of
     from library.training.manifest import read_manifest
 
     manifest = read_manifest(options.manifest)
-    script = script_of(manifest)
     places = places_of(manifest, options.map)
-    output = options.output_dir or Path("OUTPUT_DIR")
-    arguments = arguments_of(manifest, places, inputs=output, output_dir=output)
-    command = [*_launcher(manifest["processes"]), str(ROOT / script), *arguments]
+    # The data set file that is written for the run holds paths, and results are passed on: it lies apart from them.
     with tempfile.TemporaryDirectory() as folder:
-        inputs = Path(folder)
-        write_inputs(manifest, places, inputs)
-        to_check = arguments_of(manifest, places, inputs=inputs, output_dir=inputs)
-        _check(manifest, places, to_check, anyway=options.anyway)
+        code = _repeat(manifest, places, Path(folder), options)
+    if options.dry_run or code:
+        return code
+    assert options.output_dir is not None, "asked for with the options"
+    return _compare(manifest, options.manifest.parent, options.output_dir)
+
+
+def _repeat(manifest: Mapping[str, Any], places: Mapping[str, str], inputs: Path, options: ReproduceOptions) -> int:
+    """Check what goes into the run, and train unless nothing is to be trained; returns the exit code of that."""
+    from library.reproduction import arguments_of, script_of, write_inputs
+
+    script = script_of(manifest)
+    write_inputs(manifest, places, inputs)
+    arguments = arguments_of(manifest, places, inputs=inputs, output_dir=options.output_dir or Path("OUTPUT_DIR"))
+    _check(manifest, places, arguments, anyway=options.anyway)
+    command = [*_launcher(manifest["processes"]), str(ROOT / script), *arguments]
     print("\nthe command:\n" + shlex.join(command).replace(" --", " \\\n  --"))
     if options.dry_run:
         print("\ndry run: nothing was trained")
         return 0
-    assert options.output_dir is not None, "asked for with the options"
-    write_inputs(manifest, places, options.output_dir)
-    code = _run(command, threads=manifest["environment"].get("threads"))
+    code = _run(command, threads=manifest["environment"]["threads"])
     if code:
         print(f"\nthe repeated run ended with exit code {code}", file=sys.stderr)
-        return code
-    return _compare(manifest, options.manifest.parent, options.output_dir)
+    return code
 
 
 def _joined_maps(argv: Sequence[str]) -> list[str]:
@@ -148,11 +154,9 @@ def _check(manifest: Mapping[str, Any], places: Mapping[str, str], arguments: Se
         print("versions and processor are as they were")
 
 
-def _run(command: Sequence[str], *, threads: int | None) -> int:
+def _run(command: Sequence[str], *, threads: int) -> int:
     """Run the command with a number of threads; returns its exit code."""
-    surroundings = dict(os.environ)
-    if threads is not None:
-        surroundings |= {"OMP_NUM_THREADS": str(threads), "MKL_NUM_THREADS": str(threads)}
+    surroundings = {**os.environ, "OMP_NUM_THREADS": str(threads), "MKL_NUM_THREADS": str(threads)}
     with subprocess.Popen(command, env=surroundings) as process:
         while True:
             try:

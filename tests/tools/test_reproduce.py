@@ -2,6 +2,8 @@
 
 import json
 import os
+import re
+import shlex
 import shutil
 from collections.abc import Callable
 from pathlib import Path
@@ -13,6 +15,8 @@ from library.files import read_tensors, write_tensors
 from tests.scripts.runs import Run, run_script, write_dataset
 from tests.tiny import tiny_sd
 from tools.reproduce import main
+
+ROOT = Path(__file__).parents[2]
 
 
 @pytest.fixture(scope="module")
@@ -76,6 +80,9 @@ def test_a_moved_run_gives_the_same_tensors(moved: Path, capfd: pytest.CaptureFi
         again = Run(moved / "again", [], 0).tensor_hash(name)
         assert again == Run(moved / "results", [], 0).tensor_hash(name)
     assert len(list((moved / "again" / "sample").glob("*.png"))) == 1
+    # The data set file of the repeated run tells where the images are.
+    for path in (moved / "again").iterdir():
+        assert path.is_dir() or str(moved).encode() not in path.read_bytes(), path.name
 
 
 def test_other_results_are_told(
@@ -83,7 +90,7 @@ def test_other_results_are_told(
 ) -> None:
     """The run itself is played here by a copy of the results with one number changed."""
 
-    def play(command: list[str], *, threads: int | None) -> int:
+    def play(command: list[str], *, threads: int) -> int:
         output = moved / "again"
         assert f"--output_dir={output}" in command
         shutil.copytree(moved / "results", output, dirs_exist_ok=True)
@@ -246,3 +253,12 @@ def test_a_folder_that_holds_something_is_no_place_for_results(moved: Path) -> N
     assert "is not empty" in refusal(asked(moved, f"--output_dir={moved / 'results'}"))
     assert "there is no folder" in refusal(asked(moved))
     assert "no manifest is given" in refusal(["--dry_run"])
+
+
+def test_the_documented_command_is_taken(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    page = (ROOT / "docs" / "reproducing.md").read_text(encoding="utf-8")
+    (command,) = re.findall(r"```bash\n(python tools/reproduce\.py .*?)```", page, re.DOTALL)
+    monkeypatch.chdir(tmp_path)
+    said = refusal(shlex.split(command.replace("\\\n", " "))[2:])
+    # All that is missing is the reader's manifest.
+    assert said.startswith("file not found: rex.run.json")
