@@ -25,7 +25,6 @@ from library.training.manifest import (
     state_hash,
     tensor_hash,
 )
-from library.training.metadata import IMPLEMENTATION_VERSION
 from library.training.placeholders import Placeholders
 from library.training.privacy import shown_path
 from library.training.progress import Moment, RunLength
@@ -120,7 +119,6 @@ class RunManifest:
         file = options.source.dataset_config
         content: dict[str, Any] = {
             "format": FORMAT,
-            "program": IMPLEMENTATION_VERSION,
             "script": self._script,
             "options": told,
             "dataset": None if file is None else told_dataset(file, names, scrub),

@@ -16,6 +16,22 @@ def is_absolute(text: str) -> bool:
     return text.startswith("~") or PurePosixPath(text).is_absolute() or PureWindowsPath(text).is_absolute()
 
 
+def home_folder() -> Path | None:
+    """The user's home; None for a user who has none."""
+    try:
+        return Path.home()
+    except RuntimeError:
+        return None
+
+
+def _current() -> Path | None:
+    """The current folder; None where somebody has removed it."""
+    try:
+        return Path.cwd()
+    except OSError:
+        return None
+
+
 # Every absolute path of two parts or more that has no blanks; "https://..." and fractions are none.
 _POSIX_PATH: Final = re.compile(r"(?<![\w.:/~])~?/[^\s/'\"<>|:,;()]+(?:/[^\s/'\"<>|:,;()]*)+|~/[^\s/'\"<>|:,;()]+")
 _WINDOWS_PATH: Final = re.compile(r"(?<!\w)(?:[A-Za-z]:[\\/]|\\\\)[^\s\\/'\"<>|:]+(?:[\\/][^\s\\/'\"<>|:]*)*")
@@ -39,8 +55,8 @@ class Scrubber:
         """``text`` without paths and secrets."""
         for secret in self._secrets:
             text = text.replace(secret, "***")
-        for folder, name in ((Path.cwd(), ""), (Path.home(), "~/")):
-            if folder != folder.parent:
+        for folder, name in ((_current(), ""), (home_folder(), "~/")):
+            if folder is not None and folder != folder.parent:
                 text = text.replace(f"{folder}/", name).replace(f"{folder}\\", name)
         for path in self._paths:
             text = text.replace(path, last_part(path))

@@ -1,9 +1,13 @@
 """What computes a run, as far as its result depends on it: programs, packages, processor, threads."""
 
+import hashlib
 import platform
 from collections.abc import Mapping
 from importlib import metadata
+from pathlib import Path
 from typing import Any, Final
+
+from library.training.metadata import IMPLEMENTATION_VERSION
 
 PACKAGES: Final = (
     "torch", "diffusers", "transformers", "accelerate", "safetensors", "numpy", "Pillow", "bitsandbytes", "xformers",
@@ -11,6 +15,7 @@ PACKAGES: Final = (
 _FURTHER: Final = (
     "opencv-python-headless", "lion-pytorch", "prodigyopt", "dadaptation", "schedulefree", "lycoris-lora",
 )  # fmt: skip
+_ROOT: Final = Path(__file__).parents[2]
 
 
 def versions(names: tuple[str, ...] = PACKAGES) -> dict[str, str]:
@@ -24,11 +29,27 @@ def versions(names: tuple[str, ...] = PACKAGES) -> dict[str, str]:
     return found
 
 
+def source_digest() -> str:
+    """A digest of the program's own source, which may change between two versions of it."""
+    digest = hashlib.sha256()
+    files = [
+        *_ROOT.glob("*.py"),
+        *(file for folder in ("library", "networks") for file in _ROOT.glob(f"{folder}/**/*.py")),
+    ]
+    for file in sorted(files):
+        # Git may have given the lines other ends.
+        content = file.read_bytes().replace(b"\r\n", b"\n")
+        digest.update(f"{file.relative_to(_ROOT).as_posix()} {len(content)}\n".encode() + content)
+    return digest.hexdigest()[:16]
+
+
 def environment() -> dict[str, Any]:
     """What this process computes with, ready for JSON: nothing that tells whose machine it is."""
     import torch
 
     found: dict[str, Any] = {
+        "program": IMPLEMENTATION_VERSION,
+        "source": source_digest(),
         "python": platform.python_version(),
         "system": f"{platform.system()} {platform.machine()}",
         "packages": versions((*PACKAGES, *_FURTHER)),

@@ -10,7 +10,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Final
 
-from library.training.privacy import last_part
+from library.scrubbing import home_folder, last_part
 
 MARK: Final = "map:"
 
@@ -68,8 +68,9 @@ class Placeholders:
 
 def _may_be_told(place: Path) -> bool:
     """Whether a path says nothing of this machine: relative, and below a folder that does not hold homes."""
-    here, home = Path.cwd(), Path.home()
-    return not place.is_absolute() and ".." not in place.parts and here not in (home.parent, *home.parent.parents)
+    home = home_folder()
+    is_above = home is not None and Path.cwd() in home.parents
+    return not place.is_absolute() and ".." not in place.parts and not is_above
 
 
 def filled_in(value: Any, places: Mapping[str, str]) -> Any:
