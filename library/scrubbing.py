@@ -24,12 +24,14 @@ def home_folder() -> Path | None:
         return None
 
 
-def _current() -> Path | None:
-    """The current folder; None where somebody has removed it."""
+def current_folder() -> Path | None:
+    """The current folder, if what is relative to it says nothing of a user: not where it holds the home, or is gone."""
+    home = home_folder()
     try:
-        return Path.cwd()
+        here = Path.cwd()
     except OSError:
         return None
+    return None if here == here.parent or (home is not None and here in home.parents) else here
 
 
 # Every absolute path of two parts or more that has no blanks; "https://..." and fractions are none.
@@ -55,8 +57,8 @@ class Scrubber:
         """``text`` without paths and secrets."""
         for secret in self._secrets:
             text = text.replace(secret, "***")
-        for folder, name in ((_current(), ""), (home_folder(), "~/")):
-            if folder is not None and folder != folder.parent:
+        for folder, name in ((current_folder(), ""), (home_folder(), "~/")):
+            if folder is not None:
                 text = text.replace(f"{folder}/", name).replace(f"{folder}\\", name)
         for path in self._paths:
             text = text.replace(path, last_part(path))

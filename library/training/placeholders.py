@@ -10,7 +10,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Final
 
-from library.scrubbing import home_folder, last_part
+from library.scrubbing import current_folder, last_part
 
 MARK: Final = "map:"
 
@@ -68,9 +68,7 @@ class Placeholders:
 
 def _may_be_told(place: Path) -> bool:
     """Whether a path says nothing of this machine: relative, and below a folder that does not hold homes."""
-    home = home_folder()
-    is_above = home is not None and Path.cwd() in home.parents
-    return not place.is_absolute() and ".." not in place.parts and not is_above
+    return not place.is_absolute() and ".." not in place.parts and current_folder() is not None
 
 
 def filled_in(value: Any, places: Mapping[str, str]) -> Any:

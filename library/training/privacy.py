@@ -6,6 +6,7 @@ from typing import Final
 
 from library.options import SECRET_KEYS
 from library.scrubbing import Scrubber as Scrubber
+from library.scrubbing import current_folder, home_folder
 from library.scrubbing import is_absolute as is_absolute
 from library.scrubbing import last_part as last_part
 
@@ -61,7 +62,7 @@ def model_name(source: str) -> str:
 
 def shown_path(path: Path) -> str:
     """A path for the console and the log: relative to the current folder, or its last two parts."""
-    try:
-        return str(path.resolve().relative_to(Path.cwd()))
-    except ValueError:
-        return str(Path(path.parent.name, path.name))
+    here, home = current_folder(), home_folder()
+    if here is not None and path.resolve().is_relative_to(here):
+        return str(path.resolve().relative_to(here))
+    return str(Path("~" if path.parent == home else path.parent.name, path.name))
