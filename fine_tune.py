@@ -193,6 +193,7 @@ def train(options: Options, inputs: "Inputs") -> int:
         offload_checkpoints=options.runtime.cpu_offload_checkpointing,
     )
     result = Result(
+        script="fine_tune.py",
         kind="checkpoint" if suffix_of(format) else "diffusers",
         suffix=suffix_of(format),
         tracker_name="finetuning",

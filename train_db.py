@@ -203,6 +203,7 @@ def train(options: Options, inputs: "Inputs") -> int:
         offload_checkpoints=options.runtime.cpu_offload_checkpointing,
     )
     result = Result(
+        script="train_db.py",
         kind="checkpoint" if suffix_of(format) else "diffusers",
         suffix=suffix_of(format),
         tracker_name="dreambooth",

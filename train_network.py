@@ -175,6 +175,7 @@ def train(options: Options, inputs: "Inputs") -> int:
         offload_checkpoints=options.runtime.cpu_offload_checkpointing,
     )
     result = Result(
+        script="train_network.py",
         kind="lora",
         suffix=f".{options.network.save_model_as}",
         tracker_name="network_train",

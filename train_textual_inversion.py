@@ -105,6 +105,7 @@ def train(options: Options, inputs: "Inputs", rewording: Rewording) -> int:
         offload_checkpoints=options.runtime.cpu_offload_checkpointing,
     )
     result = Result(
+        script="train_textual_inversion.py",
         kind="textual-inversion",
         suffix=f".{options.embedding.save_model_as}",
         tracker_name="textual_inversion",

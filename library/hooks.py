@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING
 
 from library.files import sweep
 from library.inputs import Inputs
+from library.manifest import RunManifest
 from library.options import flat_values
 from library.resuming import Progress
 from library.start_screen import ScreenOptions
@@ -54,6 +55,7 @@ class Hooks:
         images_of: Number of images of a step, from 0, over all processes.
         start_step: Steps that an earlier part of the run has done.
         history: Takes in all that is logged, for the report.
+        manifest: Takes note of what is saved.
         average: The average of the weights, if one is kept.
         validator: Measures held-out images, if there are any.
         result_weights: Puts those weights in place that the optimizer means as its result.
@@ -74,6 +76,7 @@ class Hooks:
         images_of: Callable[[int], int],
         start_step: int = 0,
         history: RunHistory | None = None,
+        manifest: RunManifest | None = None,
         average: WeightAverage | None = None,
         validator: Validator | None = None,
         result_weights: ResultWeights = nullcontext,
@@ -91,6 +94,7 @@ class Hooks:
         plan = SavePlan.for_models(saving, length.epochs)
         best = BestModel(names.folder, names.name, continued=start_step > 0) if validator is not None else None
         self._average = average
+        self._manifest = manifest
         self.speed = Speed(images_of)
         self.tracker = Tracker(
             options.logging,
@@ -126,6 +130,7 @@ class Hooks:
                 best=best,
                 weights=weights,
                 uploads=self.uploads,
+                saved=None if manifest is None else manifest.model,
             )
             for weights in options.ema.saved
         ]
@@ -137,6 +142,7 @@ class Hooks:
             before=self.tracker.flush,
             is_main=runtime.is_main,
             uploads=self.uploads if options.hub.save_state_to_huggingface else None,
+            saved=None if manifest is None else manifest.state,
         )
         self.previews = Previews(
             options.preview,
@@ -155,9 +161,10 @@ class Hooks:
         """The hooks as the loop calls them."""
         averages: list[Hook] = [self._average] if self._average is not None else []
         validations: list[Hook] = [self.validation] if self.validation is not None else []
+        manifests: list[Hook] = [self._manifest] if self._manifest is not None else []
         # A state says that everything before it is done, so it comes last.
         saving: list[Hook] = [*self.models, self.previews, self._save_if_asked, self.states]
-        return [*averages, self.tracker, *validations, *saving, self.speed.start]
+        return [*manifests, *averages, self.tracker, *validations, *saving, self.speed.start]
 
     def save_now(self, step: int) -> None:
         """Save model and state after ``step`` steps, whatever the options say."""

@@ -50,6 +50,7 @@ from library.option_values import (
 )
 
 __all__ = [
+    "PRIVATE_METAVARS",
     "SECRET_KEYS",
     "declared_flags",
     "did_you_mean",
@@ -77,7 +78,8 @@ SECRET_KEYS: Final = frozenset({"wandb_api_key", "huggingface_token"})
 _SLIP: Final = 0.8
 """Of two names at least so similar (``difflib``) one is taken for the other misspelt."""
 
-_PRIVATE_METAVARS: Final = frozenset({"PATH", "FILE", "DIR"})
+PRIVATE_METAVARS: Final = frozenset({"PATH", "FILE", "DIR"})
+"""How ``--help`` names the values of options that hold paths."""
 
 log = logging.getLogger(__name__)
 
@@ -252,7 +254,7 @@ def public_values(options: object) -> dict[str, object]:
     return {
         name: value
         for name, value in flat_values(options).items()
-        if name not in SECRET_KEYS and declared[name].facts.metavar not in _PRIVATE_METAVARS
+        if name not in SECRET_KEYS and declared[name].facts.metavar not in PRIVATE_METAVARS
     }
 
 

@@ -19,6 +19,7 @@ from library.data.setup import TrainingData
 from library.errors import UserError, raise_if_any
 from library.hooks import Hooks
 from library.inputs import Inputs
+from library.manifest import RunManifest
 from library.models.identity import frozen_digest
 from library.models.latents import encoder_digest
 from library.options import flat_values
@@ -119,8 +120,11 @@ def train(
     Returns:
         The exit code: 0, or that of the signal that stopped the run.
     """
-    with RunReport(options, inputs, data, task.runtime) as report:
-        return _Run(method, task, result, options, inputs, data).train(report)
+    with (
+        RunReport(options, inputs, data, task.runtime) as report,
+        RunManifest(options, inputs, data, task.runtime, script=result.script) as manifest,
+    ):
+        return _Run(method, task, result, options, inputs, data).train(report, manifest)
 
 
 class _Run:
@@ -153,7 +157,7 @@ class _Run:
             steps_per_epoch=self._plan.steps_per_epoch,
         )
 
-    def train(self, report: RunReport) -> int:
+    def train(self, report: RunReport, manifest: RunManifest) -> int:
         """The whole run; returns its exit code."""
         raise_if_any(check_groups(self._options.optimizer, self._method.param_groups()))
         images = self._images()
@@ -162,7 +166,7 @@ class _Run:
             self._method, learning.optimizer, learning.schedule, self._runtime, self._made_of(), learning.average
         )
         start_step = progress.resume(self._inputs.state, self._options.resume, self._length)
-        hooks = self._hooks(images, learning, progress, report, start_step)
+        hooks = self._hooks(images, learning, progress, report, manifest, start_step)
         if start_step == self._length.total_steps:
             hooks.save_what_is_missing()
             return 0
@@ -172,9 +176,14 @@ class _Run:
             start_step=start_step,
             speed=hooks.speed,
             results=lambda: hooks.written,
-            facts=(("optimizer", description), ("schedule", self._options.scheduler.lr_scheduler)),
+            facts=(
+                ("optimizer", description),
+                ("schedule", self._options.scheduler.lr_scheduler),
+                *manifest.facts,
+            ),
         )
         self._say_what_will_be_done(start_step)
+        manifest.began(self._length, start_step=start_step)
         hooks.previews.before_training(self._length)
         with hooks.uploads or nullcontext():
             code = self._fit(self._batches(images, start_step), learning, hooks, progress, start_step)
@@ -206,7 +215,13 @@ class _Run:
         return _Learning(built=built, optimizer=optimizer, schedule=schedule, average=average)
 
     def _hooks(
-        self, images: _Images, learning: _Learning, progress: Progress, report: RunReport, start_step: int
+        self,
+        images: _Images,
+        learning: _Learning,
+        progress: Progress,
+        report: RunReport,
+        manifest: RunManifest,
+        start_step: int,
     ) -> Hooks:
         """What follows each step."""
         facts = self._facts(images, learning)
@@ -231,6 +246,7 @@ class _Run:
             images_of=self._plan.step_size,
             start_step=start_step,
             history=report.history,
+            manifest=manifest,
             result_weights=lambda: result_weights(learning.built.optimizer),
         )
 

@@ -19,6 +19,7 @@ from typing import TYPE_CHECKING, Any
 from library.errors import Problem, UserError, raise_if_any
 from library.messages import KeepMessages
 from library.runtime_options import ConsoleOptions, RuntimeOptions
+from library.scrubbing import Scrubber
 
 if TYPE_CHECKING:
     import torch
@@ -115,9 +116,8 @@ def set_up_logging(options: ConsoleOptions) -> None:
     else:
         new = _ConsoleHandler(sys.stdout if options.console_log_simple else sys.stderr)
     simple = options.console_log_simple and not options.console_log_file
-    new.setFormatter(
-        logging.Formatter("%(message)s" if simple else "%(asctime)s %(levelname)s %(message)s", "%H:%M:%S")
-    )
+    lines = _FileLines if options.console_log_file else logging.Formatter
+    new.setFormatter(lines("%(message)s" if simple else "%(asctime)s %(levelname)s %(message)s", "%H:%M:%S"))
     root.addHandler(new)
     root.addHandler(KeepMessages())
     root.setLevel(level)
@@ -125,6 +125,13 @@ def set_up_logging(options: ConsoleOptions) -> None:
     logging.getLogger("bitsandbytes").setLevel(logging.ERROR)
     for name in ("httpx", "urllib3", "PIL", "accelerate", "diffusers", "transformers", "filelock"):
         logging.getLogger(name).setLevel(max(level, logging.WARNING))
+
+
+class _FileLines(logging.Formatter):
+    """Lines for a file, which may be passed on: the screen alone shows whole paths."""
+
+    def format(self, record: logging.LogRecord) -> str:
+        return Scrubber()(super().format(record))
 
 
 class _ConsoleHandler(logging.StreamHandler[Any]):

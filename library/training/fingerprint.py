@@ -12,8 +12,8 @@ from library.training.privacy import shareable
 _FREE: Final = (
     "async_", "cache_latents", "console_", "ddp_timeout", "deepspeed", "ema_device", "ema_previews", "ema_save",
     "gradient_accumulation_steps", "huggingface_", "initial_", "log_", "logging_dir", "max_data_loader_n_workers",
-    "max_train_", "max_validation_steps", "metadata_", "network_weights", "no_metadata", "no_report", "output_",
-    "persistent_", "pretrained_model_name_or_path", "resume", "sample_", "save_", "skip_cache_check",
+    "max_train_", "max_validation_steps", "metadata_", "network_weights", "no_manifest", "no_metadata", "no_report",
+    "output_", "persistent_", "pretrained_model_name_or_path", "resume", "sample_", "save_", "skip_cache_check",
     "skip_until_initial_step", "tokenizer_cache_dir", "training_comment", "use_safetensors", "vae", "validate_",
     "wandb_", "weights",
 )  # fmt: skip

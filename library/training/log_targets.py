@@ -4,9 +4,10 @@ import importlib
 import importlib.util
 import threading
 import tomllib
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
-from types import MappingProxyType
+from types import MappingProxyType, SimpleNamespace
 from typing import TYPE_CHECKING, Any, Final, Protocol
 
 from library.errors import Problem, UserError, raise_if_any
@@ -73,7 +74,8 @@ class TensorBoardLog:
 
         self._folder = folder
         first = None if continued_at is None else continued_at + 1
-        self._writer = SummaryWriter(str(folder), purge_step=first, **settings)
+        with _machine_unnamed():
+            self._writer = SummaryWriter(str(folder), purge_step=first, **settings)
         self._prompts_told: set[int] = set()
         self._former_hook = threading.excepthook
         threading.excepthook = self._thread_failed
@@ -119,6 +121,19 @@ class TensorBoardLog:
         # On Linux, writing to a file that somebody has deleted succeeds.
         if not self._folder.is_dir():
             raise FileNotFoundError("its folder is gone")
+
+
+@contextmanager
+def _machine_unnamed() -> Iterator[None]:
+    """Keep the name of this machine out of that of an event file."""
+    from tensorboard.summary.writer import event_file_writer
+
+    known = event_file_writer.socket
+    event_file_writer.socket = SimpleNamespace(gethostname=lambda: "run")
+    try:
+        yield
+    finally:
+        event_file_writer.socket = known
 
 
 class WandbLog:

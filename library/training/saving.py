@@ -22,6 +22,8 @@ if TYPE_CHECKING:
 logger = logging.getLogger(__name__)
 
 SaveModel = Callable[[Path, int, int], None]
+Saved = Callable[[Path, int, int], None]
+"""Told of what is complete under its name, with the finished steps and epochs."""
 CaptureState = Callable[[int, int], TrainingState]
 
 
@@ -36,6 +38,7 @@ class ModelSaver:
         best: Told of every saved model; the best one is not removed.
         weights: What is saved, as :class:`BestModel` calls it.
         uploads: Told of every saved model.
+        saved: Told of every saved model.
     """
 
     def __init__(
@@ -48,6 +51,7 @@ class ModelSaver:
         best: BestModel | None = None,
         weights: str = "model",
         uploads: Uploads | None = None,
+        saved: Saved | None = None,
     ) -> None:
         self._plan = plan
         self._names = names
@@ -56,6 +60,7 @@ class ModelSaver:
         self._best = best
         self._weights = weights
         self._uploads = uploads
+        self._saved = saved
         self.last_saved: Path | None = None
 
     @property
@@ -82,6 +87,8 @@ class ModelSaver:
         self._save(path, step, epoch)
         _verify_model(path)
         self.last_saved = path
+        if self._saved is not None:
+            self._saved(path, step, epoch)
         if self._uploads is not None:
             self._uploads.add(path)
         surpassed = self._best.saved(path, step, self._weights) if self._best is not None else None
@@ -102,6 +109,7 @@ class StateSaver:
         before: Called before a state is saved: what it is to be continued with must be on the disk by then.
         is_main: Only the main process writes.
         uploads: Told of every saved state.
+        saved: Told of every saved state.
         clock: Seconds, whatever the time of day does; for tests.
     """
 
@@ -115,6 +123,7 @@ class StateSaver:
         before: Callable[[], None] = lambda: None,
         is_main: bool = True,
         uploads: Uploads | None = None,
+        saved: Saved | None = None,
         clock: Callable[[], float] = time.monotonic,
     ) -> None:
         self._plan = plan
@@ -124,6 +133,7 @@ class StateSaver:
         self._before = before
         self._is_main = is_main
         self._uploads = uploads
+        self._saved = saved
         self._clock = clock
         self._since = clock()
         self.last_saved: Path | None = None
@@ -162,6 +172,8 @@ class StateSaver:
         write_state(path, self._capture(step, epoch))
         self.last_saved = path
         self._since = self._clock()
+        if self._saved is not None:
+            self._saved(path, step, epoch)
         if self._uploads is not None:
             self._uploads.add(path)
         outdated = self._plan.outdated(point)

@@ -245,7 +245,7 @@ def test_a_second_signal_stops_at_once(given: list[str], tmp_path: Path, at_step
     with pytest.raises(KeyboardInterrupt):
         train(tmp_path, *given)
     left = {path.relative_to(tmp_path).parts[0] for path in tmp_path.rglob("*")}
-    assert left == {"log", "thing-report.html"}
+    assert left == {"log", "thing-report.html", "thing.run.json"}
 
 
 @pytest.mark.skipif(not hasattr(signal, "SIGUSR1"), reason="this system does not know SIGUSR1")

@@ -134,6 +134,7 @@ def test_the_exact_set_of_files(models: dict[str, Path], data: Path, tmp_path: P
         "thing.safetensors",
         "thing-state",
         "thing-report.html",
+        "thing.run.json",
     }
     assert {path.name for path in (output / "thing-state").iterdir()} == {
         "model.safetensors",
@@ -395,11 +396,14 @@ def test_ctrl_c_saves_and_ends_cleanly(models: dict[str, Path], data: Path, tmp_
     process.send_signal(signal.SIGINT)
     assert process.wait(timeout=60) == 130
     saved = sorted(path.name for path in output.iterdir())
-    assert len(saved) == 3
+    assert len(saved) == 4
     assert saved[0].startswith("at-step")
     assert saved[1].endswith(".safetensors") or saved[0].endswith("-state")
-    assert saved[2] == "report.html"
+    assert saved[2:] == ["report.html", "run.json"]
     assert 'class="outcome stopped"' in (output / "report.html").read_text(encoding="utf-8")
+    manifest = json.loads((output / "run.json").read_text(encoding="utf-8"))
+    assert manifest["outcome"] == "stopped"
+    assert {*manifest["results"], *manifest["states"]} == {*saved[:2]}
 
 
 def test_captions_encoded_once_give_the_same_training(models: dict[str, Path], data: Path, tmp_path: Path) -> None:
