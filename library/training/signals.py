@@ -55,7 +55,7 @@ class Interruption:
 
     def _stop(self, number: int, frame: FrameType | None) -> None:
         if self.requested:
-            raise KeyboardInterrupt
+            raise KeyboardInterrupt(128 + number)
         self.signal = number
         tqdm.write("stopping after this step, which is saved; once more stops at once")
 

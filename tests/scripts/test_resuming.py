@@ -242,7 +242,7 @@ def test_a_second_signal_stops_at_once(given: list[str], tmp_path: Path, at_step
         os.kill(os.getpid(), signal.SIGTERM)
 
     at_step({2: twice})
-    with pytest.raises(KeyboardInterrupt):
+    with pytest.raises(KeyboardInterrupt, match="143"):
         train(tmp_path, *given)
     left = {path.relative_to(tmp_path).parts[0] for path in tmp_path.rglob("*")}
     assert left == {"log", "thing-report.html", "thing.run.json"}
