@@ -78,9 +78,10 @@ class Progress:
             _check_left(step, length, "--initial_step, --initial_epoch")
             advance(self._schedule, step)
             return step
-        state = (
-            read_foreign(folder, self._method.trained, self._optimizer) if is_foreign(folder) else read_state(folder)
-        )
+        if is_foreign(folder):
+            state = read_foreign(folder, self._method.trained, self._optimizer, asked=asked)
+        else:
+            state = read_state(folder)
         step = state.step if asked is None else asked
         is_finished = options.is_automatic and step == length.total_steps
         if not is_finished:

@@ -30,17 +30,23 @@ _ROWS: Final = "weight"
 _EMBEDDING: Final = "embeddings.token_embedding.weight"
 
 
-def read_foreign(folder: Path, trained: "nn.Module", optimizer: Any) -> TrainingState:
+def read_foreign(folder: Path, trained: "nn.Module", optimizer: Any, *, asked: int | None = None) -> TrainingState:
     """What the state of another program has of ``trained`` and its ``optimizer``; tells what it lacks.
 
     Its random numbers are not taken over: here they follow from the seed. Nothing vouches for its files being whole.
+
+    Args:
+        folder: The state.
+        trained: What is trained.
+        optimizer: Its optimizer.
+        asked: The step to go on from; as the state says when absent.
 
     Raises:
         UserError: It is one of other weights, or does not say where it stopped.
     """
     moments = _optimizer(folder, optimizer)
     progress = read_json(folder / PROGRESS)
-    step = progress.get("current_step")
+    step = progress.get("current_step") if asked is None else asked
     if not isinstance(step, int):
         step = _steps_of(folder, read_pickle(folder / SCHEDULER) if (folder / SCHEDULER).is_file() else {})
         log.warning("the state does not say at which step it was saved: by its learning rates, after %s", step)
