@@ -147,7 +147,7 @@ class RunManifest:
         """What a run that goes on takes over from the part before it."""
         state = self._inputs.state
         assert state is not None, "steps were done before"
-        before = part_before(state)
+        before = part_before(state, own=self._path, seed=self._runtime.seed)
         if before is None:
             return {"parts": [_UNKNOWN | {"steps": [0, start_step]}]}
         return {

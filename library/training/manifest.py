@@ -2,7 +2,8 @@
 
 import hashlib
 import json
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import suppress
 from pathlib import Path
 from typing import Any, Final
 
@@ -143,17 +144,29 @@ def state_hash(folder: Path) -> str:
     return sha256_of_file(folder / states.MANIFEST)
 
 
-def part_before(state: Path) -> dict[str, Any] | None:
-    """The manifest of the run that saved ``state``, looked for beside it; None where there is none."""
-    for path in sorted(state.parent.glob(f"*{SUFFIX}")):
-        try:
-            content = read_manifest(path)
-            entry = content["states"].get(state.name)
-            if isinstance(entry, dict) and entry.get("sha256") == state_hash(state):
-                return content
-        except (UserError, OSError):
-            continue
-    return None
+def part_before(state: Path, *, own: Path, seed: int) -> dict[str, Any] | None:
+    """The manifest of the run that saved ``state``, looked for beside it; None where there is none.
+
+    A run that was killed may have saved the state and not told of it.
+
+    Args:
+        state: The state's folder.
+        own: Where the manifest of the run that goes on will be.
+        seed: Seed of that run.
+    """
+    found = dict(_readable(state.parent))
+    for content in found.values():
+        entry = content["states"].get(state.name)
+        if entry is not None and entry["sha256"] == state_hash(state):
+            return content
+    killed = found.get(own) or {}
+    return killed if (killed.get("outcome"), killed.get("seed")) == ("running", seed) else None
+
+
+def _readable(folder: Path) -> Iterator[tuple[Path, dict[str, Any]]]:
+    for path in sorted(folder.glob(f"*{SUFFIX}")):
+        with suppress(UserError):
+            yield path, read_manifest(path)
 
 
 def parts_so_far(before: Mapping[str, Any], manifest: Mapping[str, Any], step: int) -> list[dict[str, Any]]:
@@ -164,12 +177,6 @@ def parts_so_far(before: Mapping[str, Any], manifest: Mapping[str, Any], step: i
         manifest: The new one, with its options and data.
         step: Steps that are done.
     """
-    changed = changes(
-        {"options": before["options"], "data": {"digest": before["data"].get("digest")}},
-        {"options": manifest["options"], "data": {"digest": manifest["data"].get("digest")}},
-    )
-    lengths = [one["steps"]["total"] for one in (before, manifest)]
-    longer = [f"steps of the run: {lengths[0]} -> {lengths[1]}"] if lengths[0] != lengths[1] else []
     first = before["parts"][-1]["steps"][1] if before["parts"] else 0
     part = {
         "steps": [first, step],
@@ -177,9 +184,21 @@ def parts_so_far(before: Mapping[str, Any], manifest: Mapping[str, Any], step: i
         "begun": before.get("begun"),
         "environment": before["environment"],
         "processes": before["processes"],
-        "changed_afterwards": [*changed.defining, *changed.harmless, *longer],
+        "changed_afterwards": _changes(before, manifest),
     }
     return [*before["parts"], part]
+
+
+def _changes(before: Mapping[str, Any], now: Mapping[str, Any]) -> list[str]:
+    """What makes a continued run another than one that was not stopped, a line each."""
+    found = changes({"options": before["options"]}, {"options": now["options"]})
+    total, new_total = (one["steps"]["total"] for one in (before, now))
+    more = {
+        f"{total} steps in all -> {new_total}": total != new_total,
+        "the data set file": before.get("dataset") != now.get("dataset"),
+        "the images or captions": before["data"]["digest"] != now["data"]["digest"],
+    }
+    return [*found.defining, *found.harmless, *(what for what, holds in more.items() if holds)]
 
 
 def result_differences(

@@ -75,12 +75,16 @@ def test_a_run_that_is_stopped_and_goes_on_twice(
     assert {"thing-step00000004.safetensors", "thing.safetensors"} < second["results"].keys()
 
     # What was done after the state that the third part begins with belongs to the run no more.
-    more = ["--max_train_steps=5", f"--resume={out / 'thing-step00000004-state'}", "--learning_rate=2e-2"]
-    more.append("--resume_allow_changes")
+    more = [
+        "--max_train_steps=5",
+        f"--resume={out / 'thing-step00000004-state'}",
+        "--learning_rate=2e-2",
+        "--resume_allow_changes",
+    ]
     assert run_script("train_network", out, *given, *more).code == 0
     third = manifest(out)
     assert [part["steps"] for part in third["parts"]] == [[0, done], [done, 4]]
-    assert third["parts"][1]["changed_afterwards"] == ["--learning_rate: 0.01 -> 0.02", "steps of the run: 6 -> 5"]
+    assert third["parts"][1]["changed_afterwards"] == ["--learning_rate: 0.01 -> 0.02", "6 steps in all -> 5"]
     assert third["results"].keys() == {saved, "thing-step00000004.safetensors", "thing.safetensors"}
     for name, one in third["results"].items():
         assert one["tensors"] == tensor_hash(out / name)

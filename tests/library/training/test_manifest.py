@@ -82,19 +82,34 @@ def test_the_name_follows_the_result(tmp_path):
     assert manifest_path(tmp_path, None) == tmp_path / "run.json"
 
 
+def before(state, seed=1):
+    return part_before(state, own=state.parent / "thing.run.json", seed=seed)
+
+
 def test_a_manifest_is_found_by_the_state_it_lists(tmp_path):
     state = tmp_path / "thing-step00000003-state"
     write_json(state / "manifest.json", {"files": {}})
-    assert part_before(state) is None
+    assert before(state) is None
     listed = {state.name: {"sha256": state_hash(state), "step": 3}}
     write_json(tmp_path / "other.run.json", manifest(states={state.name: {"sha256": "0", "step": 3}}))
     (tmp_path / "damaged.run.json").write_text("{")
-    assert part_before(state) is None
+    assert before(state) is None
     write_json(tmp_path / "thing.run.json", manifest(states=listed))
-    assert part_before(state) == manifest(states=listed)
+    assert before(state) == manifest(states=listed)
     # Another state that only has the name.
     write_json(state / "manifest.json", {"files": {"x": 1}})
-    assert part_before(state) is None
+    assert before(state) is None
+
+
+def test_of_a_killed_run_the_manifest_is_found_by_its_name(tmp_path):
+    state = tmp_path / "thing-step00000003-state"
+    write_json(state / "manifest.json", {"files": {}})
+    write_json(tmp_path / "thing.run.json", manifest(outcome="running"))
+    assert before(state) == manifest(outcome="running")
+    assert before(state, seed=2) is None
+    assert part_before(state, own=tmp_path / "other.run.json", seed=1) is None
+    write_json(tmp_path / "thing.run.json", manifest(outcome="finished"))
+    assert before(state) is None
 
 
 def test_parts_follow_one_another():
@@ -102,9 +117,11 @@ def test_parts_follow_one_another():
     parts = parts_so_far(first, manifest(options={"learning_rate": 2.0, "log_config": True}), 3)
     assert [part["steps"] for part in parts] == [[0, 3]]
     assert parts[0]["changed_afterwards"] == ["--learning_rate: 1.0 -> 2.0"]
-    again = parts_so_far(manifest(parts=parts), manifest(data={"digest": "e", "subsets": []}), 5)
+    again = parts_so_far(
+        manifest(parts=parts), manifest(data={"digest": "e", "subsets": []}, steps={"done": 5, "total": 8}), 5
+    )
     assert [part["steps"] for part in again] == [[0, 3], [3, 5]]
-    assert again[1]["changed_afterwards"] == ["data: digest: 'd' -> 'e'"]
+    assert again[1]["changed_afterwards"] == ["9 steps in all -> 8", "the images or captions"]
 
 
 def test_results_are_compared_by_name():
