@@ -66,6 +66,7 @@ TOOLS = sorted(
         "resize_images_to_resolution",
         "convert_diffusers20_original_sd",
         "cache_text_encoder_outputs",
+        "reproduce",
     }
 )
 
