@@ -41,7 +41,12 @@ def _is_subset(value: Any) -> bool:
 
 
 def _is_part(value: Any) -> bool:
-    return _has(value, steps=list, outcome=str) and [type(step) for step in value["steps"]] == [int, int]
+    known = _has(value, steps=list, outcome=str) and [type(step) for step in value["steps"]] == [int, int]
+    return known and _listed(value.get("changed_afterwards", []), _is_text)
+
+
+def _is_input(value: Any) -> bool:
+    return _has(value, used_as=list) and _listed(value["used_as"], _is_text) and _each(value.get("files", {}), _is_text)
 
 
 def _is_text(value: Any) -> bool:
@@ -58,7 +63,7 @@ _FITS: Final[Mapping[str, Callable[[Any], bool]]] = {
     "seed": lambda value: isinstance(value, int),
     "processes": lambda value: _is_number(value, _MOST_PROCESSES),
     "options": lambda value: isinstance(value, dict),
-    "inputs": lambda value: _each(value, lambda one: _has(one) and _listed(one.get("used_as"), _is_text)),
+    "inputs": lambda value: _each(value, _is_input),
     "data": lambda value: _has(value, digest=str) and _listed(value.get("subsets"), _is_subset),
     "environment": lambda value: _has(value, packages=dict) and _is_number(value.get("threads"), 1 << 16),
     "steps": lambda value: _has(value, done=int, total=int),
