@@ -124,8 +124,9 @@ def _write_contents(folder: Path, state: TrainingState) -> None:
 def _write_pickle(path: Path, content: Mapping[str, Any]) -> None:
     import torch
 
-    with written_whole(path) as temporary:
-        torch.save(dict(content), str(temporary))
+    # Given a name, the library would put it into the file.
+    with written_whole(path) as temporary, temporary.open("wb") as file:
+        torch.save(dict(content), file)
 
 
 def _put_in_place(temporary: Path, folder: Path) -> None:

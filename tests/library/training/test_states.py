@@ -253,6 +253,14 @@ def test_the_newest_state_is_the_one_that_was_saved_last(tmp_path, monkeypatch):
     assert seed_of(tmp_path) is None
 
 
+def test_the_same_state_is_the_same_bytes(tmp_path, monkeypatch):
+    monkeypatch.setenv("SOURCE_DATE_EPOCH", "1000")
+    for name in ("one-state", "other-state"):
+        write_state(tmp_path / name, state_at(5))
+    for name in FILES:
+        assert (tmp_path / "one-state" / name).read_bytes() == (tmp_path / "other-state" / name).read_bytes()
+
+
 def test_a_damaged_state_is_passed_over(tmp_path, monkeypatch, caplog):
     for at, name in enumerate(["good-state", "damaged-state"]):
         monkeypatch.setenv("SOURCE_DATE_EPOCH", str(1000 + at))
