@@ -100,7 +100,7 @@ class Options:
         return [
             *model_notices(self.model, self.prompts, self.noise),
             *cached_text_notices(self.cache, trains_text=self.parts.text_encoder),
-            *self.fine_tuning.notices_with(self.attention, prior_loss_weight=self.source.prior_loss_weight),
+            *self.fine_tuning.notices_with(self.attention),
         ]
 
     @property

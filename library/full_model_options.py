@@ -208,14 +208,12 @@ class FineTuningOptions:
             return []
         return [f"without effect without --train_text_encoder: {_TEXT_RATE}"]
 
-    def notices_with(self, attention: AttentionOptions, *, prior_loss_weight: float) -> list[str]:
+    def notices_with(self, attention: AttentionOptions) -> list[str]:
         """What of other groups is not used."""
         others = [f"--{name}" for name in ("mem_eff_attn", "sdpa") if getattr(attention, name)]
         found = []
         if self.diffusers_xformers and others:
             found.append(f"without effect with --diffusers_xformers: {', '.join(others)}")
-        if prior_loss_weight != 1:
-            found.append("without effect without regularisation images: --prior_loss_weight")
         return found
 
     def attention(self, options: AttentionOptions) -> AttentionOptions:

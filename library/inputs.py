@@ -165,7 +165,7 @@ def check_inputs(
     raise_if_any(list(dict.fromkeys(problems)))
     assert read is not None, "without problems there is data"
     assert split is not None, "without problems there is a split"
-    for notice in (*source.notices, *rate_notices(options), *hub_notices):
+    for notice in (*source.notices, *rate_notices(options), *hub_notices, *_data_notices(options.source, read[1])):
         log.warning(notice)
     state = None if options.check.dry_run else _state(options)
     return Inputs(
@@ -176,6 +176,13 @@ def check_inputs(
         state=state,
         seed=None if state is None else seed_of(state),
     )
+
+
+def _data_notices(source: SourceOptions, records: Sequence[ImageRecord]) -> list[str]:
+    """What has no effect with these images."""
+    if source.prior_loss_weight == 1 or any(record.is_reg for record in records):
+        return []
+    return ["without effect without regularisation images: --prior_loss_weight"]
 
 
 def _state(options: InputOptions) -> Path | None:

@@ -12,7 +12,9 @@ from library.training.ema import WeightAverage
 from library.training.fingerprint import Changes, changes
 from library.training.foreign_states import read_foreign
 from library.training.method import TrainingMethod
-from library.training.options import ResumeOptions
+from library.training.optimizer_kinds import OptimizerKind
+from library.training.optimizers import kind_of
+from library.training.options import OptimizerOptions, ResumeOptions
 from library.training.progress import RunLength
 from library.training.restoring import restore
 from library.training.schedule_classes import advance
@@ -97,6 +99,7 @@ class Progress:
         for line in found.harmless:
             log.warning("changed since the state was saved: %s", line)
         _check_changes(found, folder, allowed=options.resume_allow_changes)
+        raise_if_any(_other_optimizer(state.fingerprint, self._made_of, folder))
         try:
             self._method.trained.load_state_dict(dict(state.tensors))
         except RuntimeError as error:
@@ -200,6 +203,27 @@ def _check_changes(found: Changes, folder: Path, *, allowed: bool) -> None:
             for line in found.defining
         ]
     )
+
+
+def _other_optimizer(saved: Mapping[str, Any], current: Mapping[str, Any], folder: Path) -> list[Problem]:
+    """What one optimizer has gathered means nothing to another, even where the names in it are the same."""
+    if "options" not in saved:
+        return []
+    before, now = (_optimizer(made_of["options"]) for made_of in (saved, current))
+    if before is None or now is None or (before.module, before.class_name) == (now.module, now.class_name):
+        return []
+    return [
+        Problem(
+            f"the state is one of another optimizer: {before.name}, and this run has {now.name}",
+            where=f"--resume {folder}, --optimizer_type",
+            remedy=f"Continue with {before.name}; or start from the saved model, without --resume.",
+        )
+    ]
+
+
+def _optimizer(options: Mapping[str, Any]) -> OptimizerKind | None:
+    names = ("optimizer_type", "use_8bit_adam", "use_lion_optimizer")
+    return kind_of(OptimizerOptions(**{name: options[name] for name in names if name in options}))
 
 
 def _changed_options(saved: Mapping[str, Any], current: Mapping[str, Any]) -> list[str]:

@@ -16,7 +16,7 @@ from library.data.loader import build_loader
 from library.data.mask_cache import MaskCache
 from library.data.options import CacheOptions, CaptionOptions, ImageOptions, LoaderOptions, SourceOptions
 from library.data.setup import TrainingData
-from library.errors import UserError, raise_if_any
+from library.errors import UserError
 from library.hooks import Hooks
 from library.inputs import Inputs
 from library.manifest import RunManifest
@@ -36,10 +36,10 @@ from library.training.loop import fit
 from library.training.lr_schedulers import build_lr_scheduler
 from library.training.metadata import RunFacts
 from library.training.method import StepShape, TrainingMethod
-from library.training.optimizers import BuiltOptimizer, build_optimizer, check_groups, result_weights
+from library.training.optimizers import BuiltOptimizer, build_optimizer, result_weights
 from library.training.options import OptimizerOptions
 from library.training.progress import RunLength
-from library.training.rates import settled_schedule
+from library.training.rates import rehearse_rates, settled_schedule
 from library.training.signals import Interruption
 from library.training.updates import FusedUpdate, Update, WholeUpdate
 from library.validation import ValidationSet, Validator, validation_timesteps
@@ -159,7 +159,7 @@ class _Run:
 
     def train(self, report: RunReport, manifest: RunManifest) -> int:
         """The whole run; returns its exit code."""
-        raise_if_any(check_groups(self._options.optimizer, self._method.param_groups()))
+        rehearse_rates(self._options, self._method.param_groups(), self._length.total_steps)
         images = self._images()
         learning = self._learning()
         progress = Progress(

@@ -189,7 +189,8 @@ def start_runtime(options: RuntimeOptions, *, find_unused_parameters: bool, seed
     if accelerator.device.type == "cpu" and (advice := _missing_gpu_advice()):
         log.warning("training on the CPU although there seems to be a GPU. %s", advice)
     dtype = {"no": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}[options.mixed_precision]
-    for notice in _launcher_notices(options, int(accelerator.num_processes), has_accelerator):
+    world = int(accelerator.num_processes)
+    for notice in (*options.process_notices(world), *_launcher_notices(options, world, has_accelerator)):
         log.warning(notice)
     if options.full_fp16:
         _unscale_fp16_gradients(accelerator.scaler)

@@ -118,6 +118,12 @@ class RuntimeOptions:
             found.append("--fp8_base includes the U-Net: --fp8_base_unet adds nothing")
         return found
 
+    def process_notices(self, world: int) -> list[str]:
+        """What has no effect with ``world`` processes."""
+        names = ("ddp_timeout", "ddp_gradient_as_bucket_view", "ddp_static_graph")
+        given = [f"--{name}" for name in names if getattr(self, name)]
+        return [f"without effect with one process: {', '.join(given)}"] if given and world == 1 else []
+
     @property
     def narrows_base(self) -> bool:
         """Whether frozen weights are kept in 8 bits."""

@@ -88,8 +88,8 @@ class NetworkOptions:
         ]
 
     def notices(self) -> list[str]:
-        """Repeated arguments, text encoder rates beyond the only one that counts, and what OFT and LyCORIS ask for."""
-        found = repeated_keys(self.network_args, "--network_args")
+        """Repeated arguments, rates of what is not trained, and what OFT and LyCORIS ask for."""
+        found = [*repeated_keys(self.network_args, "--network_args"), *self._unused_rates()]
         if self.network_module == OFT:
             return found + self._oft_notices()
         if str(split_arguments(self.network_args).get("use_scalar", "false")).lower() not in ("false", "0"):
@@ -103,6 +103,13 @@ class NetworkOptions:
                 f"{self.text_encoder_lr[0]:g}, is used"
             )
         return found
+
+    def _unused_rates(self) -> list[str]:
+        pairs = (
+            (self.network_train_unet_only, "network_train_unet_only", self.text_encoder_lr, "text_encoder_lr"),
+            (self.network_train_text_encoder_only, "network_train_text_encoder_only", self.unet_lr, "unet_lr"),
+        )
+        return [f"without effect with --{flag}: --{rate}" for only, flag, value, rate in pairs if only and value]
 
     def _oft_notices(self) -> list[str]:
         found = []

@@ -2,9 +2,22 @@
 
 import math
 from dataclasses import dataclass
+from typing import Final
 
 from library.errors import Problem
 from library.options import option
+
+# What a setting belongs to, and what that has to be.
+_STRENGTH_OF: Final = {
+    "noise_offset_random_strength": "noise_offset",
+    "multires_noise_discount": "multires_noise_iterations",
+    "ip_noise_gamma_random_strength": "ip_noise_gamma",
+}
+_DISTRIBUTION_OF: Final = {
+    "timestep_logit_mean": "logit_normal",
+    "timestep_logit_std": "logit_normal",
+    "timestep_snr_gamma": "snr",
+}
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -67,14 +80,18 @@ class NoiseOptions:
     )
 
     def notices(self) -> list[str]:
-        """Settings of a distribution that is not drawn from."""
-        owners = {"timestep_logit_mean": "logit_normal", "timestep_logit_std": "logit_normal"}
-        owners |= {"timestep_snr_gamma": "snr"}
+        """Settings of noise that is not added, and of a distribution that is not drawn from."""
         plain = NoiseOptions()
+        needs = {name: f"--{owner}" for name, owner in _STRENGTH_OF.items() if not getattr(self, owner)}
+        needs |= {
+            name: f"--timestep_distribution {owner}"
+            for name, owner in _DISTRIBUTION_OF.items()
+            if self.timestep_distribution != owner
+        }
         return [
-            f"without effect without --timestep_distribution {owner}: --{name}"
-            for name, owner in owners.items()
-            if getattr(self, name) != getattr(plain, name) and self.timestep_distribution != owner
+            f"without effect without {need}: --{name}"
+            for name, need in needs.items()
+            if getattr(self, name) != getattr(plain, name)
         ]
 
     def problems(self) -> list[Problem]:
@@ -151,6 +168,17 @@ class LossOptions:
         help="Add this much of a loss weighted as for v-prediction to that of a noise-prediction model. 0 is off.",
     )
     debiased_estimation_loss: bool = option(False, help="Debiased estimation weighting of timesteps.")
+
+    def notices(self) -> list[str]:
+        """Settings of the threshold of a loss that has none, and a factor on one that takes none."""
+        plain = LossOptions()
+        names = ("huber_schedule", "huber_c", "huber_scale")
+        given = [f"--{name}" for name in names if getattr(self, name) != getattr(plain, name)]
+        if given and self.loss_type not in ("huber", "smooth_l1"):
+            return [f"without effect with --loss_type {self.loss_type}: {', '.join(given)}"]
+        if self.huber_scale != plain.huber_scale and self.huber_schedule == "snr":
+            return ["without effect with --huber_schedule snr: --huber_scale"]
+        return []
 
 
 def _logit(share: float) -> float:

@@ -124,10 +124,13 @@ class PreviewOptions:
         if settled.sample_every_n_epochs and settled.sample_every_n_steps:
             found.append("--sample_every_n_epochs is used, --sample_every_n_steps is not")
         is_due = settled.sample_at_first or settled.sample_every_n_epochs or settled.sample_every_n_steps
-        if self.sample_prompts is not None and not is_due:
+        plain = PreviewOptions()
+        names = ("sample_prompts", "sample_sampler")
+        unused = [name for name in names if getattr(self, name) != getattr(plain, name)]
+        if unused and not is_due:
             found.append(
-                "--sample_prompts makes no previews without --sample_every_n_epochs, --sample_every_n_steps or "
-                "--sample_at_first"
+                "no previews are made without --sample_every_n_epochs, --sample_every_n_steps or --sample_at_first: "
+                f"{flags(unused)} without effect"
             )
         return found
 

@@ -72,7 +72,6 @@ _RECORDED: Final = (
     "prior_loss_weight",
     "resize_interpolation",
     "scale_weight_norms",
-    "text_encoder_lr",
     "training_comment",
     "unet_lr",
     "v2",
@@ -82,6 +81,8 @@ _RECORDED: Final = (
     "validation_split",
     "zero_terminal_snr",
 )
+# Recorded where timesteps are not drawn as everywhere else.
+_DISTRIBUTION: Final = ("timestep_distribution", "timestep_logit_mean", "timestep_logit_std", "timestep_snr_gamma")
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -143,9 +144,12 @@ def training_metadata(options: Mapping[str, object], facts: RunFacts, dataset: M
         "ss_max_train_steps": facts.total_steps,
         "ss_optimizer": facts.optimizer,
         "ss_base_model_version": facts.base_model_version,
+        "ss_text_encoder_lr": _first(shared.get("text_encoder_lr")),
         "ss_debiased_estimation": shared.get("debiased_estimation_loss"),
         "ss_sd_scripts_commit_hash": "(unknown)",
     }
+    if shared.get(_DISTRIBUTION[0], "uniform") != "uniform":
+        record |= {f"ss_{name}": shared.get(name) for name in _DISTRIBUTION}
     if isinstance(record["ss_output_name"], str):
         record["ss_output_name"] = last_part(record["ss_output_name"])
     if facts.network_args is not None:
@@ -157,10 +161,12 @@ def training_metadata(options: Mapping[str, object], facts: RunFacts, dataset: M
 
 
 def _text(value: object) -> str:
-    """``str(value)``; one number in a list is written without the list, as a single text encoder has one rate."""
-    if isinstance(value, (list, tuple)) and len(value) == 1:
-        value = value[0]
     return str(tuple(value) if isinstance(value, list) else value)
+
+
+def _first(rates: object) -> object:
+    """The rate of the only text encoder; files for other models name more."""
+    return next(iter(rates), None) if isinstance(rates, (list, tuple)) else rates
 
 
 def _source(name_key: str, hash_key: str, sha256_key: str, source: str) -> dict[str, object]:

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any, Final, cast
 
 from library.errors import Problem, UserError, raise_if_any
 from library.training.arguments import read_arguments, unknown_names
-from library.training.optimizer_kinds import OptimizerKind, missing_package, resolve
+from library.training.optimizer_kinds import NAME_FLAG, OptimizerKind, missing_package, resolve
 from library.training.options import OptimizerOptions
 from library.training.source_classes import find_class
 
@@ -203,6 +203,29 @@ def try_optimizer(options: OptimizerOptions, device: "torch.device") -> "torch.o
             assert kind is not None, "it has been built"
             raise UserError.of([missing_package(kind, f"cannot run on {device.type} here: {error}")]) from error
     return built.optimizer
+
+
+def rehearse_optimizer(options: OptimizerOptions, groups: Sequence[Mapping[str, Any]]) -> "torch.optim.Optimizer":
+    """Make the optimizer for the weights of a run once more, to throw it away: some take only weights of some shapes.
+
+    Args:
+        options: The optimizer options, tried out.
+        groups: Parameter groups; they are not changed.
+
+    Raises:
+        UserError: The optimizer cannot train these weights, or with these rates.
+    """
+    raise_if_any(check_groups(options, groups))
+    with contextlib.redirect_stdout(io.StringIO()):
+        try:
+            return _built(options, [dict(group) for group in groups]).optimizer
+        except UserError as error:
+            # Its arguments were good for the weight that it was tried out with.
+            raise UserError(
+                f"{options.settled().optimizer_type} cannot train these weights: {error.__cause__ or error}",
+                where=NAME_FLAG,
+                remedy="Choose another optimizer, for example AdamW, or train other parts.",
+            ) from error
 
 
 def result_weights(optimizer: Any) -> AbstractContextManager[None]:

@@ -258,6 +258,8 @@ class SaveOptions:
             "--save_every_n_steps": (self.save_every_n_steps, ("save_last_n_steps", "save_last_n_steps_state")),
         }
         found = []
+        if self.save_n_epoch_ratio and self.save_every_n_epochs:
+            found.append("--save_n_epoch_ratio is used, --save_every_n_epochs is not")
         for flag, (cadence, names) in cadences.items():
             unused = [name for name in names if getattr(self, name) is not None]
             if unused and not cadence:
@@ -376,6 +378,11 @@ class RecordOptions:
 
     training_comment: str | None = option(None, metavar="TEXT", help="A remark of your own, stored in the file.")
     no_metadata: bool = option(False, help="Store only the least that other programs need.")
+
+    def notices(self) -> list[str]:
+        """A remark that is not stored."""
+        unused = self.no_metadata and self.training_comment
+        return ["without effect with --no_metadata: --training_comment"] if unused else []
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)

@@ -3,14 +3,22 @@
 Imports nothing heavy.
 """
 
-from typing import TYPE_CHECKING, Final, Protocol
+from collections.abc import Mapping, Sequence
+from typing import TYPE_CHECKING, Any, Final, Protocol
 
-from library.errors import Problem
+from library.errors import Problem, raise_if_any
 from library.training.arguments import read_arguments
 from library.training.lr_schedulers import check_lr_scheduler, in_steps, is_relative_step, multiplier_for
-from library.training.optimizers import check_optimizer, kind_of, try_optimizer, uses_relative_step
+from library.training.optimizer_kinds import OptimizerKind
+from library.training.optimizers import (
+    check_optimizer,
+    kind_of,
+    rehearse_optimizer,
+    try_optimizer,
+    uses_relative_step,
+)
 from library.training.options import RELATIVE_STEP, OptimizerOptions, SchedulerOptions
-from library.training.schedule_classes import build_schedule_class
+from library.training.schedule_classes import advance, build_schedule_class
 
 if TYPE_CHECKING:
     import torch
@@ -64,13 +72,15 @@ def _zero_rate_problems(options: RateOptions) -> list[Problem]:
     kind = kind_of(options.optimizer)
     if kind is None or kind.zero_rate or min(learning_rate_curve(options, _ANY_LENGTH) or [1.0]) > 0:
         return []
-    return [
-        Problem(
-            f"{kind.name} fails in a step with a learning rate of 0, and this schedule has such steps",
-            where="--lr_scheduler, --lr_warmup_steps, --learning_rate",
-            remedy="Leave the warm-up out, or choose another optimizer, for example DAdaptAdam.",
-        )
-    ]
+    return [_zero_rate(kind)]
+
+
+def _zero_rate(kind: OptimizerKind) -> Problem:
+    return Problem(
+        f"{kind.name} fails in a step with a learning rate of 0, and this schedule has such steps",
+        where="--lr_scheduler, --lr_scheduler_type, --lr_warmup_steps, --learning_rate",
+        remedy="Choose another schedule, leave the warm-up out, or choose another optimizer, for example DAdaptAdam.",
+    )
 
 
 def try_rates(options: RateOptions, device: "torch.device") -> None:
@@ -83,6 +93,30 @@ def try_rates(options: RateOptions, device: "torch.device") -> None:
     schedule = settled_schedule(options)
     if schedule.lr_scheduler_type:
         build_schedule_class(schedule, optimizer, total_steps=1)
+
+
+def rehearse_rates(options: RateOptions, groups: Sequence[Mapping[str, Any]], total_steps: int) -> None:
+    """Go through the rates of a run with the weights that it trains, before anything that takes long.
+
+    Args:
+        options: The options, tried out.
+        groups: Parameter groups; they are not changed.
+        total_steps: Length of the run.
+
+    Raises:
+        UserError: The optimizer cannot train these weights, or the schedule does not last, or has steps that the
+            optimizer does not stand.
+    """
+    optimizer = rehearse_optimizer(options.optimizer, groups)
+    schedule, kind = settled_schedule(options), kind_of(options.optimizer)
+    if not schedule.lr_scheduler_type:
+        return
+    made = build_schedule_class(schedule, optimizer, total_steps)
+    if kind is None or kind.zero_rate:
+        return
+    for _ in range(total_steps):
+        raise_if_any([] if any(group["lr"] for group in optimizer.param_groups) else [_zero_rate(kind)])
+        advance(made, 1)
 
 
 def rate_notices(options: RateOptions) -> list[str]:

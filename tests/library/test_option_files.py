@@ -174,8 +174,8 @@ def test_gui_file_is_taken_with_one_warning(tmp_path):
         [
             *ignored,
             "--network_args gives use_tucker more than once; the last one holds",
-            "--sample_prompts makes no previews without --sample_every_n_epochs, --sample_every_n_steps or "
-            "--sample_at_first",
+            "no previews are made without --sample_every_n_epochs, --sample_every_n_steps or --sample_at_first: "
+            "--sample_prompts, --sample_sampler without effect",
             "without effect without --log_with wandb or all: --wandb_run_name",
         ]
     )

@@ -200,7 +200,6 @@ def notices(*given: str) -> list[str]:
     [
         (["--learning_rate_te=1e-5"], "without effect without --train_text_encoder: --learning_rate_te"),
         (["--diffusers_xformers", "--mem_eff_attn"], "without effect with --diffusers_xformers: --mem_eff_attn"),
-        (["--prior_loss_weight=0.5"], "without effect without regularisation images: --prior_loss_weight"),
         (
             ["--stop_text_encoder_training=5"],
             "stop_text_encoder_training (only train_db.py stops training the text encoder at a step)",

@@ -56,7 +56,7 @@ CASES = [
             "ss_network_dim": "8",
             "ss_network_alpha": "1.0",
             "ss_learning_rate": "0.0002",
-            "ss_text_encoder_lr": "(5e-05, 5e-05)",
+            "ss_text_encoder_lr": "5e-05",
             "ss_unet_lr": "0.0001",
             "ss_lr_scheduler": "cosine",
             "ss_clip_skip": "1",

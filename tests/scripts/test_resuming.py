@@ -196,6 +196,20 @@ def test_allowed_changes_hold_from_here_on(
     assert "changed since the state was saved: --learning_rate: 0.01 -> 0.003" in capsys.readouterr().err
 
 
+@pytest.mark.parametrize("more", [["--use_lion_optimizer"], ["--optimizer_type=SGDNesterov"]], ids=" ".join)
+def test_another_optimizer_is_refused_in_any_case(
+    more: list[str], whole: Run, given: list[str], tmp_path: Path
+) -> None:
+    """Lion has one moment, by the name of the first of AdamW: nothing in the state itself would stand against it."""
+    with pytest.raises(UserError, match="the state is one of another optimizer: AdamW, and this run has"):
+        train(tmp_path, *given, *more, f"--resume={state(whole, 2)}", "--resume_allow_changes")
+
+
+def test_an_optimizer_by_its_own_name_is_the_same(whole: Run, given: list[str], tmp_path: Path) -> None:
+    more = ["--optimizer_type=adamw", f"--resume={state(whole, 2)}", "--resume_allow_changes"]
+    assert train(tmp_path, *given, *more).losses == whole.losses[2:]
+
+
 def test_an_image_that_was_replaced_is_noticed(model: Path, tmp_path: Path) -> None:
     given = [*arguments(model, write_dataset(tmp_path), steps=2), NAMED, "--save_state", "--save_every_n_steps=1"]
     run = train(tmp_path / "out", *given)

@@ -160,6 +160,19 @@ def test_record_has_the_documented_keys():
     assert set(record) == {f"ss_{name}" for name in KEYS_OF_EVERY_RECORD.split()}
 
 
+def test_a_distribution_of_timesteps_that_is_not_the_usual_one_is_recorded():
+    options = {"timestep_distribution": "snr", "timestep_snr_gamma": 3.0, "timestep_logit_mean": 0.0}
+    record = training_metadata(options, facts(), {})
+    assert (record["ss_timestep_distribution"], record["ss_timestep_snr_gamma"]) == ("snr", "3.0")
+    assert not any("timestep" in name for name in training_metadata({"timestep_distribution": "uniform"}, facts(), {}))
+
+
+@pytest.mark.parametrize(("given", "recorded"), [((5e-5, 1e-5), "5e-05"), ((), "None"), (None, "None")])
+def test_the_rate_of_the_only_text_encoder_is_recorded_as_a_number(given, recorded):
+    record = training_metadata({"text_encoder_lr": given}, facts(), {})
+    assert record["ss_text_encoder_lr"] == recorded
+
+
 def test_base_model_file_is_named_and_hashed(tmp_path):
     model = tmp_path / "base.safetensors"
     model.write_bytes(b"abc")

@@ -21,6 +21,7 @@ from library.training.rates import (
     learning_rate_curve,
     rate_notices,
     recorded_rates,
+    rehearse_rates,
     settled_schedule,
     try_rates,
 )
@@ -229,6 +230,42 @@ def test_a_class_that_ends_before_the_run():
     optimizer = build_optimizer(options.optimizer, [{"params": [torch.nn.Parameter(torch.ones(1))], "lr": 1e-3}])
     with pytest.raises(UserError, match="It has to last for 9 steps"):
         build_lr_scheduler(options.scheduler, optimizer.optimizer, 9)
+
+
+def groups(*shape):
+    return [{"params": [torch.nn.Parameter(torch.ones(*shape))], "lr": 1.0, "name": "one"}]
+
+
+@pytest.mark.parametrize(
+    ("schedule", "arguments", "refused"),
+    [
+        ("PolynomialLR", ("total_iters=5",), True),
+        ("PolynomialLR", ("total_iters=6",), False),
+        ("CosineAnnealingLR", ("T_max=5",), True),
+        ("StepLR", ("step_size=2",), False),
+    ],
+)
+def test_a_class_whose_rate_ends_at_0_is_refused_beforehand(schedule, arguments, refused):
+    """With an optimizer that fails there; the rate of the sixth and last step is the first after five."""
+    pytest.importorskip("dadaptation")
+    options = rates(
+        learning_rate=1.0, optimizer_type="DAdaptSGD", lr_scheduler_type=schedule, lr_scheduler_args=arguments
+    )
+    assert check_rates(options) == []
+    if refused:
+        with pytest.raises(UserError, match="DAdaptSGD fails in a step with a learning rate of 0"):
+            rehearse_rates(options, groups(4, 4), 6)
+    else:
+        rehearse_rates(options, groups(4, 4), 6)
+
+
+def test_weights_that_an_optimizer_cannot_train_are_refused_beforehand():
+    options = rates(learning_rate=1.0, optimizer_type="Muon")
+    given = groups(4, 4)
+    rehearse_rates(options, given, 6)
+    assert given[0].keys() == {"params", "lr", "name"}, "they are those of the run, and stay as they are"
+    with pytest.raises(UserError, match="Muon cannot train these weights: Muon only supports 2D parameters"):
+        rehearse_rates(options, groups(4, 4, 3, 3), 6)
 
 
 def test_settings_without_effect_are_told():
