@@ -3,6 +3,7 @@
 import logging
 from collections.abc import Callable
 from contextlib import nullcontext
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -19,8 +20,10 @@ from library.training.method import Hook, TrainingMethod
 from library.training.naming import OutputNames, SavePlan, SavePoint
 from library.training.optimizers import ResultWeights
 from library.training.previews import Previews
+from library.training.privacy import shown_path
 from library.training.progress import RunLength
 from library.training.prompt_files import PreviewPrompt
+from library.training.rescue import Rescue
 from library.training.saving import ModelSaver, StateSaver
 from library.training.speed import Speed
 from library.training.tracking import Tracker
@@ -88,6 +91,7 @@ class Hooks:
         best = BestModel(names.folder, names.name, continued=start_step > 0) if validator is not None else None
         self._keeps_states = saving.save_state or saving.save_state_on_train_end
         self._average = average
+        self.rescue = Rescue()
         self.speed = Speed(images_of)
         self.tracker = Tracker(
             options.logging,
@@ -118,6 +122,7 @@ class Hooks:
                 best=best,
                 weights=weights,
                 uploads=self.uploads,
+                keep=self.rescue.keep,
             )
             for weights in options.ema.saved
         ]
@@ -128,6 +133,7 @@ class Hooks:
             every_time=saving.save_state,
             is_main=runtime.is_main,
             uploads=self.uploads if options.hub.save_state_to_huggingface else None,
+            keep=self.rescue.keep,
         )
         self.previews = Previews(
             options.preview,
@@ -156,6 +162,22 @@ class Hooks:
             saver.save(point, step=step, epoch=step // length.steps_per_epoch)
         if self._keeps_states:
             self.states.save(point, step=step, epoch=length.epoch_of(step - 1))
+
+    def save_after_failure(self, step: int, length: RunLength) -> None:
+        """Save the model and a state, asked for or not, where a failure ended the run; it hides no error of the run."""
+        point = SavePoint(kind="step", number=step)
+        saves = [
+            *(partial(saver.save, point, step=step, epoch=step // length.steps_per_epoch) for saver in self.models),
+            partial(self.states.save, point, step=step, epoch=length.epoch_of(step - 1)),
+        ]
+        for save in saves:
+            try:
+                save()
+            except Exception as error:
+                log.error("%s", error)
+                log.debug("saving failed", exc_info=True)
+        if self.states.last_saved is not None:
+            log.warning("to continue when the cause is mended: --resume %s", shown_path(self.states.last_saved))
 
     @property
     def written(self) -> list[tuple[str, Path]]:

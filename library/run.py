@@ -2,11 +2,12 @@
 
 import hashlib
 import logging
-from collections.abc import Iterable
-from contextlib import nullcontext
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Protocol
 
+from library.breakdowns import breakdowns_explained
 from library.data.dataset import Batch, TrainingDataset
 from library.data.disk_cache import DiskLatentCache, Share
 from library.data.epoch_plan import EpochPlan
@@ -32,10 +33,10 @@ from library.training.ema import WeightAverage
 from library.training.loop import Interruption, fit
 from library.training.lr_schedulers import build_lr_scheduler
 from library.training.metadata import RunFacts
-from library.training.method import StepShape, TrainingMethod
+from library.training.method import Hook, StepShape, TrainingMethod
 from library.training.optimizers import BuiltOptimizer, build_optimizer, check_groups, result_weights
 from library.training.options import OptimizerOptions
-from library.training.progress import RunLength
+from library.training.progress import Moment, RunLength
 from library.training.rates import settled_schedule
 from library.training.states import fingerprint
 from library.training.updates import FusedUpdate, Update, WholeUpdate
@@ -111,7 +112,13 @@ def train(
     Returns:
         The exit code: 0, or that of the signal that stopped the run.
     """
-    with RunReport(options, inputs, data, task.runtime) as report:
+    explained = breakdowns_explained(
+        flat_values(options),
+        largest_batch=max(bucket.plan.batch_size for bucket in data.buckets),
+        world=task.runtime.world,
+        where=str(task.runtime.device),
+    )
+    with RunReport(options, inputs, data, task.runtime) as report, explained:
         return _Run(method, task, result, options, inputs, data).train(report)
 
 
@@ -171,6 +178,7 @@ class _Run:
             code = self._fit(self._batches(images, start_step), learning, hooks, start_step)
             hooks.say_what_was_written()
             self._runtime.accelerator.end_training()
+        hooks.rescue.settle()
         return code
 
     def _images(self) -> _Images:
@@ -278,7 +286,10 @@ class _Run:
     def _fit(self, batches: Iterable[Batch], learning: _Learning, hooks: Hooks, start_step: int) -> int:
         """Train to the end or until asked to stop, and save then; returns the exit code."""
         plan, optimizer = self._plan, learning.optimizer
-        with Interruption().watched() as interruption, hooks.tracker:
+        # After resuming, which gives the optimizer new groups.
+        update = _update(optimizer, self._options.optimizer, self._runtime, coupled=learning.built.coupled)
+        keeper = self._keeping_what_was_done(update, hooks, start_step)
+        with Interruption().watched() as interruption, hooks.tracker, keeper as note:
             step = fit(
                 self._method,
                 batches,
@@ -286,11 +297,10 @@ class _Run:
                 shape_of=lambda step: StepShape(micro_batches=plan.slots(step), examples=plan.step_size(step)),
                 optimizer=optimizer,
                 schedule=learning.schedule,
-                # After resuming, which gives the optimizer new groups.
-                update=_update(optimizer, self._options.optimizer, self._runtime, coupled=learning.built.coupled),
+                update=update,
                 runtime=self._runtime,
                 start_step=start_step,
-                hooks=hooks.in_order,
+                hooks=[note, *hooks.in_order],
                 name_examples=self._data.names,
                 interruption=interruption,
             )
@@ -300,6 +310,26 @@ class _Run:
             hooks.save_interrupted(step, self._length)
         # Another process may have been the one that was asked to stop.
         return interruption.exit_code or STOPPED
+
+    @contextmanager
+    def _keeping_what_was_done(self, update: Update, hooks: Hooks, start_step: int) -> Iterator[Hook]:
+        """Save model and state when an error ends the loop and the weights are those of a finished step.
+
+        Gives the hook that notes every finished step.
+        """
+        done = start_step
+
+        def note(moment: Moment) -> None:
+            nonlocal done
+            done = moment.step
+
+        try:
+            yield note
+        except Exception:
+            if done > start_step and not update.has_begun:
+                log.error("the run ends after step %d, where model and state are saved", done)
+                hooks.save_after_failure(done, self._length)
+            raise
 
 
 def _short_name(description: str) -> str:
@@ -338,7 +368,13 @@ def _update(optimizer: Any, options: OptimizerOptions, runtime: Runtime, *, coup
         UserError: Several processes would each use a gradient that has not been exchanged yet.
     """
     if not options.fused_backward_pass:
-        return WholeUpdate(optimizer, runtime, max_grad_norm=options.max_grad_norm, coupled=coupled)
+        return WholeUpdate(
+            optimizer,
+            runtime,
+            max_grad_norm=options.max_grad_norm,
+            coupled=coupled,
+            skips=options.on_nonfinite == "skip",
+        )
     if runtime.world > 1:
         raise UserError(
             f"--fused_backward_pass works in one process only, and there are {runtime.world}",

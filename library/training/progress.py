@@ -45,7 +45,7 @@ class Moment:
         learning_rates: The rate the step used, by the name of the parameter group.
         metrics: Further figures to log, by tag.
         interrupted: The run was asked to stop and ends with this step.
-        skipped: An fp16 gradient overflowed, and the weights stayed as they were.
+        skipped: Loss or gradient was not finite, and the weights stayed as they were.
     """
 
     step: int

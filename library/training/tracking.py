@@ -35,12 +35,17 @@ class LossAverage:
         self._total = 0.0
 
     def add(self, *, epoch: int, step: int, loss: float) -> None:
-        """Take in the loss of step ``step``, from 0, of its epoch; it replaces that of the epoch before."""
+        """Take in the loss of step ``step``, from 0, of its epoch; it replaces that of the epoch before.
+
+        One that is not finite belongs to a step that was left out, and does not count.
+        """
         if step == 0:
             # Summed anew once an epoch: rounding errors of a running sum would pile up.
             self._total = math.fsum(self._losses.values())
-        self._total += loss - self._losses.get(step, 0.0)
-        self._losses[step] = loss
+        self._total -= self._losses.pop(step, 0.0)
+        if math.isfinite(loss):
+            self._losses[step] = loss
+            self._total += loss
 
     @property
     def value(self) -> float:
