@@ -9,9 +9,10 @@ from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from types import MappingProxyType, TracebackType
-from typing import TYPE_CHECKING, Final, Self
+from typing import TYPE_CHECKING, Any, Final, Self
 
 from library.training.log_targets import LogTarget, TensorBoardLog, WandbLog, check_logging, tracker_settings
+from library.training.log_thread import InBackground
 from library.training.options import LoggingOptions
 from library.training.privacy import shareable, shown_path
 from library.training.speed import Speed, memory_figures
@@ -111,6 +112,7 @@ class Tracker:
         self._step = 0
         self._speed = speed
         self._targets: list[LogTarget] = []
+        self._given_up: list[str] = []
         if not is_main:
             return
         self._targets += more
@@ -123,8 +125,7 @@ class Tracker:
         if "tensorboard" in options.targets and session is not None:
             self.folder = session / name
             text = None if shown is None else _as_text(shown)
-            self._targets.append(TensorBoardLog(self.folder, settings["tensorboard"], text))
-            logger.info("logging to %s", shown_path(self.folder))
+            self._begin_tensorboard(self.folder, settings["tensorboard"], text)
         if "wandb" in options.targets:
             self._targets.append(
                 WandbLog(
@@ -135,6 +136,13 @@ class Tracker:
                     config=shown,
                 )
             )
+
+    def _begin_tensorboard(self, folder: Path, settings: Mapping[str, Any], text: str | None) -> None:
+        try:
+            self._targets.append(InBackground(TensorBoardLog(folder, settings, text)))
+            logger.info("logging to %s", shown_path(folder))
+        except OSError as problem:
+            self._give_up(TensorBoardLog.name, problem)
 
     def __call__(self, moment: "Moment") -> None:
         """Log the figures of ``moment``."""
@@ -170,11 +178,15 @@ class Tracker:
                 what(target)
             except Exception as error:
                 self._targets.remove(target)
-                logger.warning("nothing more is logged to %s: %s", target.name, error)
-                logger.debug("logging failed", exc_info=True)
+                self._give_up(target.name, error)
                 # Its threads end; that it cannot write any more is known.
                 with suppress(Exception):
                     target.close(failed=False)
+
+    def _give_up(self, name: str, problem: Exception) -> None:
+        self._given_up.append(f"the log in {name} ends after step {self._step}: {_reason(problem)}")
+        logger.warning("nothing more is logged to %s, and the run goes on: %s", name, _reason(problem))
+        logger.debug("logging failed", exc_info=True)
 
     def __enter__(self) -> Self:
         """The hook itself."""
@@ -190,8 +202,14 @@ class Tracker:
             try:
                 target.close(failed=kind is not None)
             except Exception as failure:
-                logger.warning("the end of the log is missing in %s: %s", target.name, failure)
+                logger.warning("the end of the log is missing in %s: %s", target.name, _reason(failure))
         self._targets.clear()
+        for what in self._given_up:
+            logger.warning(what)
+
+
+def _reason(problem: Exception) -> str:
+    return str(getattr(problem, "strerror", None) or problem)
 
 
 def _as_text(config: Mapping[str, object]) -> str:
