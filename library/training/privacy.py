@@ -1,7 +1,8 @@
 """What may be told about a run in a file that is passed on: option values without secrets, paths by their last part."""
 
 import re
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping
+from contextlib import suppress
 from pathlib import Path, PurePosixPath, PureWindowsPath
 from typing import Final
 
@@ -90,7 +91,7 @@ class Scrubber:
         """``text`` without paths and secrets."""
         for secret in self._secrets:
             text = text.replace(secret, "***")
-        for folder, name in ((Path.cwd(), ""), (Path.home(), "~/")):
+        for folder, name in _own_folders():
             if folder != folder.parent:
                 text = text.replace(f"{folder}/", name).replace(f"{folder}\\", name)
         for path in self._paths:
@@ -100,9 +101,17 @@ class Scrubber:
         return text
 
 
+def _own_folders() -> Iterator[tuple[Path, str]]:
+    """The current and the home folder, as far as there are such, and what stands for them."""
+    with suppress(OSError):
+        yield Path.cwd(), ""
+    with suppress(RuntimeError):
+        yield Path.home(), "~/"
+
+
 def shown_path(path: Path) -> str:
     """A path for the console and the log: relative to the current folder, or its last two parts."""
     try:
         return str(path.resolve().relative_to(Path.cwd()))
-    except ValueError:
+    except (ValueError, OSError):
         return str(Path(path.parent.name, path.name))
