@@ -4,6 +4,7 @@ import logging
 import random
 import signal
 import threading
+import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager, nullcontext
 from itertools import islice
@@ -107,9 +108,7 @@ def fit(
     interruption = interruption or Interruption()
     average = LossAverage()
     stream = iter(batches)
-    progress = tqdm(
-        total=length.total_steps, initial=start_step, desc="steps", smoothing=0.1, disable=not runtime.is_main
-    )
+    progress = _progress_bar(length.total_steps, start_step, is_shown=runtime.is_main)
     step, left_out = start_step, _LeftOut()
     with progress:
         while step < length.total_steps:
@@ -155,6 +154,14 @@ def fit(
     if left_out.total:
         log.info("steps left out because loss or gradient was not finite: %d of %d", left_out.total, step - start_step)
     return step
+
+
+def _progress_bar(total: int, done: int, *, is_shown: bool) -> Any:
+    bar = tqdm(total=total, initial=done, desc="steps", smoothing=0.1, disable=not is_shown)
+    # The time of day, which it goes by, may be set while it runs.
+    bar._time = time.monotonic
+    bar.start_t = bar.last_print_t = bar._time()
+    return bar
 
 
 class _Names:
