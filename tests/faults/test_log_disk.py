@@ -3,7 +3,7 @@
 import shutil
 import threading
 import time
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -14,6 +14,9 @@ from library.messages import kept_messages
 from library.training.log_thread import InBackground
 from tests.faults.disks import SmallDisk
 from tests.faults.runs import RESULT, after_steps, arguments, train
+from tests.scripts.runs import Run
+
+STEPS = 16
 
 
 def said() -> list[str]:
@@ -22,11 +25,16 @@ def said() -> list[str]:
 
 @pytest.mark.parametrize("event", ["full", "gone"])
 def test_the_run_goes_on(
-    event: str, model: Path, disk: SmallDisk, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    event: str,
+    model: Path,
+    plain: Callable[[int], Run],
+    disk: SmallDisk,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     # More than what is left of the page that the file ends in.
-    given = arguments(model, tmp_path, steps=16)
-    plain = train(tmp_path / "plain", *given)
+    given = arguments(model, tmp_path, steps=STEPS)
+    whole = plain(STEPS)
     logs = disk.path / "logs"
 
     def happen() -> None:
@@ -38,7 +46,7 @@ def test_the_run_goes_on(
     after_steps(monkeypatch, {2: happen})
     run = train(tmp_path / "out", *given, f"--logging_dir={logs}")
     assert run.code == 0
-    assert run.tensor_hash(RESULT) == plain.tensor_hash(RESULT)
+    assert run.tensor_hash(RESULT) == whole.tensor_hash(RESULT)
     reason = "No space left on device" if event == "full" else "its folder is gone"
     assert said()
     assert all(reason in text for text in said())
@@ -47,7 +55,7 @@ def test_the_run_goes_on(
 
 
 def test_a_disk_that_does_not_answer_holds_up_nothing(
-    model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    model: Path, plain: Callable[[int], Run], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Writing blocks from the second step on, as on a network drive that is gone."""
     from tensorboard.summary.writer.record_writer import RecordWriter
@@ -63,13 +71,13 @@ def test_a_disk_that_does_not_answer_holds_up_nothing(
 
     monkeypatch.setattr(RecordWriter, "write", write)
     monkeypatch.setattr("library.training.tracking.InBackground", partial(InBackground, patience=0.5))
-    given = arguments(model, tmp_path, steps=6)
-    plain = train(tmp_path / "plain", *given)
+    given = arguments(model, tmp_path, steps=STEPS)
+    whole = plain(STEPS)
     after_steps(monkeypatch, {2: blocked.set})
     run = train(tmp_path / "out", *given)
     answers.set()
     assert run.code == 0
-    assert run.tensor_hash(RESULT) == plain.tensor_hash(RESULT)
+    assert run.tensor_hash(RESULT) == whole.tensor_hash(RESULT)
     assert said() == ["the end of the log is missing in TensorBoard: nothing was written for 0.5 seconds"]
 
 

@@ -5,6 +5,7 @@ import os
 import signal
 import subprocess
 import sys
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -13,7 +14,7 @@ from torch.utils.data.dataloader import _MultiProcessingDataLoaderIter
 from library.errors import UserError
 from library.training.states import read_state
 from tests.faults.runs import RESULT, after_steps, arguments, train
-from tests.scripts.runs import read_scalars
+from tests.scripts.runs import Run, read_scalars
 
 ROOT = Path(__file__).parents[2]
 pytestmark = pytest.mark.skipif(sys.platform == "win32", reason="no SIGKILL")
@@ -28,12 +29,11 @@ def kill_workers() -> None:
 
 
 def test_a_killed_worker_ends_the_run_which_can_be_continued(
-    model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    model: Path, plain: Callable[[int], Run], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     # Torch looks after its workers every five seconds: too long for a test.
     monkeypatch.setattr(_MultiProcessingDataLoaderIter._try_get_data, "__defaults__", (0.2,))
     given = arguments(model, tmp_path, steps=8)
-    plain = train(tmp_path / "plain", *given)
     with monkeypatch.context() as patch:
         after_steps(patch, {2: kill_workers})
         with pytest.raises(UserError, match=r"ended unexpectedly \(exit code -9\)") as caught:
@@ -42,7 +42,7 @@ def test_a_killed_worker_ends_the_run_which_can_be_continued(
     assert problem.where == "--max_data_loader_n_workers"
     assert "Memory may have run out" in str(problem.remedy)
     (state,) = (tmp_path / "out").glob("*-state")
-    assert train(tmp_path / "out", *given, f"--resume={state}").tensor_hash(RESULT) == plain.tensor_hash(RESULT)
+    assert train(tmp_path / "out", *given, f"--resume={state}").tensor_hash(RESULT) == plain(8).tensor_hash(RESULT)
 
 
 # The second of two processes spoils the loss of the second step, and is killed after the third.

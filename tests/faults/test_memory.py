@@ -17,6 +17,7 @@ from library.breakdowns import _SAVINGS
 from library.errors import EXIT_USER_ERROR, UserError
 from library.options import declared_flags
 from tests.faults.runs import RESULT, arguments, names, train
+from tests.scripts.runs import Run
 
 ROOT = Path(__file__).parents[2]
 
@@ -45,7 +46,9 @@ ERRORS = {
 
 
 @pytest.mark.parametrize("kind", ERRORS)
-def test_the_message_and_what_is_left(kind: str, model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_message_and_what_is_left(
+    kind: str, model: Path, plain: Callable[[int], Run], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     given = arguments(model, tmp_path)
     with monkeypatch.context() as patch:
         run_out(patch, 3, ERRORS[kind])
@@ -64,9 +67,8 @@ def test_the_message_and_what_is_left(kind: str, model: Path, tmp_path: Path, mo
         "log",
         "thing-report.html",
     }
-    plain = train(tmp_path / "plain", *given)
     resumed = train(tmp_path / "out", *given, f"--resume={tmp_path / 'out' / 'thing-step00000002-state'}")
-    assert resumed.tensor_hash(RESULT) == plain.tensor_hash(RESULT)
+    assert resumed.tensor_hash(RESULT) == plain(4).tensor_hash(RESULT)
 
 
 def test_what_is_on_already_is_not_advised(model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

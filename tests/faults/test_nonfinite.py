@@ -43,12 +43,11 @@ def spoil(monkeypatch: pytest.MonkeyPatch, *steps: int, value: float = math.nan)
     monkeypatch.setattr(DenoisingTask, "losses", losses)
 
 
-@pytest.mark.parametrize("value", [math.nan, math.inf])
 def test_the_run_stops_with_a_state_and_may_then_leave_the_step_out(
-    value: float, model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     given = arguments(model, tmp_path, "--ema", "--optimizer_type=AdamW", "--lr_scheduler=cosine")
-    spoil(monkeypatch, 3, value=value)
+    spoil(monkeypatch, 3, value=math.inf)
     with pytest.raises(UserError, match="the loss is not finite at step 3") as caught:
         train(tmp_path / "out", *given)
     assert ".png, " in str(caught.value)
