@@ -168,7 +168,9 @@ def train(options: Options, inputs: "Inputs") -> int:
 
     parts = options.parts
     runtime = start_runtime(
-        options.runtime, find_unused_parameters=parts.leaves_unused(clip_skip=options.prompts.clip_skip)
+        options.runtime,
+        find_unused_parameters=parts.leaves_unused(clip_skip=options.prompts.clip_skip),
+        seed=inputs.seed,
     )
     try_rates(options, runtime.device)
     data = prepare_data(inputs.spec, inputs.records)
@@ -201,6 +203,7 @@ def train(options: Options, inputs: "Inputs") -> int:
         offload_checkpoints=options.runtime.cpu_offload_checkpointing,
     )
     result = Result(
+        script="train_db.py",
         kind="checkpoint" if suffix_of(format) else "diffusers",
         suffix=suffix_of(format),
         tracker_name="dreambooth",

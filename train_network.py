@@ -142,7 +142,7 @@ def train(options: Options, inputs: "Inputs") -> int:
     from networks.loading import build_network, network_arguments
     from networks.training import NetworkTraining
 
-    runtime = start_runtime(options.runtime, find_unused_parameters=may_leave_unused(options))
+    runtime = start_runtime(options.runtime, find_unused_parameters=may_leave_unused(options), seed=inputs.seed)
     try_rates(options, runtime.device)
     data = prepare_data(inputs.spec, inputs.records)
 
@@ -175,6 +175,7 @@ def train(options: Options, inputs: "Inputs") -> int:
         offload_checkpoints=options.runtime.cpu_offload_checkpointing,
     )
     result = Result(
+        script="train_network.py",
         kind="lora",
         suffix=f".{options.network.save_model_as}",
         tracker_name="network_train",

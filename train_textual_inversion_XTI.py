@@ -100,7 +100,7 @@ def train(options: Options, inputs: "Inputs", rewording: Rewording) -> int:
     from library.training.rates import try_rates
 
     # Every step's gradient reaches every row, if only as a zero.
-    runtime = start_runtime(options.runtime, find_unused_parameters=False)
+    runtime = start_runtime(options.runtime, find_unused_parameters=False, seed=inputs.seed)
     try_rates(options, runtime.device)
     data = prepare_data(inputs.spec, inputs.records, reword=rewording)
 
@@ -129,6 +129,7 @@ def train(options: Options, inputs: "Inputs", rewording: Rewording) -> int:
         offload_checkpoints=options.runtime.cpu_offload_checkpointing,
     )
     result = Result(
+        script="train_textual_inversion_XTI.py",
         kind="textual-inversion",
         suffix=f".{options.embedding.save_model_as}",
         tracker_name="textual_inversion",

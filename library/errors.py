@@ -14,6 +14,7 @@ from typing import NoReturn
 from library.streams import outlive_the_screen
 
 EXIT_USER_ERROR = 2
+EXIT_INTERRUPTED = 130
 
 
 @dataclass(frozen=True)
@@ -81,7 +82,8 @@ def run_script(main: Callable[[list[str]], int | None]) -> NoReturn:
         logging.getLogger(__name__).debug("user error", exc_info=True)
         print(f"\nerror: {error}\n", file=sys.stderr)
         code = EXIT_USER_ERROR
-    except KeyboardInterrupt:
+    except KeyboardInterrupt as error:
         print("\nstopped", file=sys.stderr)
-        code = 130
+        # Other signals than Ctrl-C's come with the code that a shell expects.
+        code = error.args[0] if error.args else EXIT_INTERRUPTED
     sys.exit(code)

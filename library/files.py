@@ -29,6 +29,7 @@ if TYPE_CHECKING:
 TORCH_SUFFIXES: Final = (".ckpt", ".pt", ".bin", ".pth")
 _TEMPORARY_MARK: Final = ".writing-"
 _REPLACED_MARK: Final = ".replaced-"
+_HALF_MADE: Final = re.compile(f"(?:{re.escape(_TEMPORARY_MARK)}[0-9a-f]{{8}}-)+(.+)", re.DOTALL)
 _HASH_CHUNK: Final = 1 << 20
 _LONGEST_NAME: Final = 255
 """Bytes of a file name, on every usual system."""
@@ -224,9 +225,9 @@ def _recover(folder: Path) -> None:
     if replaced.is_dir() and not folder.exists():
         os.replace(replaced, folder)
     shutil.rmtree(replaced, ignore_errors=True)
-    half_made = re.compile(re.escape(_TEMPORARY_MARK) + "[0-9a-f]{8}-" + re.escape(folder.name))
     for entry in folder.parent.iterdir() if folder.parent.is_dir() else ():
-        if half_made.fullmatch(entry.name) and entry.is_dir():
+        half_made = _HALF_MADE.fullmatch(entry.name)
+        if half_made and half_made[1] == folder.name and entry.is_dir():
             shutil.rmtree(entry, ignore_errors=True)
 
 
@@ -251,6 +252,35 @@ def _put_folder_in_place(temporary: Path, folder: Path, may_replace: Callable[[P
             remedy="Move what has the name out of the way, then rename the new folder.",
         )
     shutil.rmtree(replaced, ignore_errors=True)
+
+
+def discard(path: Path) -> None:
+    """Remove a file or a folder: under its name it is there whole until it is gone.
+
+    Raises:
+        OSError: It cannot be removed.
+    """
+    if not path.is_dir():
+        path.unlink()
+        return
+    going = _temporary_beside(path)
+    os.replace(path, going)
+    shutil.rmtree(going)
+
+
+def sweep(folder: Path, owns: Callable[[str], bool]) -> None:
+    """Mend what killed processes left directly below ``folder``; nobody may be writing there under a name it ``owns``.
+
+    What was replaced while its replacement has no name yet gets its name back; everything else in the making goes.
+    """
+    for entry in sorted(folder.iterdir()) if folder.is_dir() else ():
+        if entry.name.startswith(_REPLACED_MARK) and owns(entry.name.removeprefix(_REPLACED_MARK)):
+            _recover(entry.with_name(entry.name.removeprefix(_REPLACED_MARK)))
+        elif (half_made := _HALF_MADE.fullmatch(entry.name)) and owns(half_made[1]):
+            if entry.is_dir():
+                shutil.rmtree(entry, ignore_errors=True)
+            else:
+                entry.unlink(missing_ok=True)
 
 
 def is_temporary(name: str) -> bool:

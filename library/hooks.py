@@ -7,7 +7,9 @@ from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from library.files import sweep
 from library.inputs import Inputs
+from library.manifest import RunManifest
 from library.options import flat_values
 from library.resuming import Progress
 from library.start_screen import ScreenOptions
@@ -17,7 +19,7 @@ from library.training.ema import WeightAverage
 from library.training.history import RunHistory
 from library.training.hub import uploads_to_hub
 from library.training.method import Hook, TrainingMethod
-from library.training.naming import OutputNames, SavePlan, SavePoint
+from library.training.naming import END, OutputNames, SavePlan, SavePoint
 from library.training.optimizers import ResultWeights
 from library.training.previews import Previews
 from library.training.privacy import shown_path
@@ -31,6 +33,8 @@ from library.validation import ValidationHook, Validator
 
 if TYPE_CHECKING:
     from PIL.Image import Image
+
+    from library.training.progress import Moment
 
 log = logging.getLogger(__name__)
 
@@ -54,6 +58,7 @@ class Hooks:
         images_of: Number of images of a step, from 0, over all processes.
         start_step: Steps that an earlier part of the run has done.
         history: Takes in all that is logged, for the report.
+        manifest: Takes note of what is saved.
         average: The average of the weights, if one is kept.
         validator: Measures held-out images, if there are any.
         result_weights: Puts those weights in place that the optimizer means as its result.
@@ -74,6 +79,7 @@ class Hooks:
         images_of: Callable[[int], int],
         start_step: int = 0,
         history: RunHistory | None = None,
+        manifest: RunManifest | None = None,
         average: WeightAverage | None = None,
         validator: Validator | None = None,
         result_weights: ResultWeights = nullcontext,
@@ -84,14 +90,15 @@ class Hooks:
                 return task.generate(prompt)
 
         runtime = task.runtime
+        self._length = length
         saving = options.save
         assert saving.output_dir is not None, "checked with the inputs"
         names = OutputNames(folder=saving.output_dir, name=saving.output_name, suffix=suffix)
         plan = SavePlan.for_models(saving, length.epochs)
         best = BestModel(names.folder, names.name, continued=start_step > 0) if validator is not None else None
-        self._keeps_states = saving.save_state or saving.save_state_on_train_end
         self._average = average
         self.rescue = Rescue()
+        self._manifest = manifest
         self.speed = Speed(images_of)
         self.tracker = Tracker(
             options.logging,
@@ -100,7 +107,10 @@ class Hooks:
             is_main=runtime.is_main,
             more=[] if history is None else [history],
             speed=self.speed,
+            former=progress.log,
+            continued_at=start_step,
         )
+        progress.log = self.tracker.place
         self.validation: ValidationHook | None = None
         if validator is not None and best is not None:
             self.validation = ValidationHook(
@@ -112,6 +122,8 @@ class Hooks:
                 best=best,
                 result_weights=result_weights,
             )
+        if runtime.is_main:
+            _sweep(names)
         self.uploads = uploads_to_hub(options.hub, is_main=runtime.is_main)
         self.models = [
             ModelSaver(
@@ -122,6 +134,7 @@ class Hooks:
                 best=best,
                 weights=weights,
                 uploads=self.uploads,
+                saved=None if manifest is None else manifest.model,
                 keep=self.rescue.keep,
             )
             for weights in options.ema.saved
@@ -130,9 +143,11 @@ class Hooks:
             SavePlan.for_states(saving, length.epochs),
             names,
             progress.capture,
-            every_time=saving.save_state,
+            saving,
+            before=self.tracker.flush,
             is_main=runtime.is_main,
             uploads=self.uploads if options.hub.save_state_to_huggingface else None,
+            saved=None if manifest is None else manifest.state,
             keep=self.rescue.keep,
         )
         self.previews = Previews(
@@ -152,25 +167,19 @@ class Hooks:
         """The hooks as the loop calls them."""
         averages: list[Hook] = [self._average] if self._average is not None else []
         validations: list[Hook] = [self.validation] if self.validation is not None else []
-        states: list[Hook] = [self.states] if self._keeps_states else []
-        return [*averages, self.tracker, *validations, *self.models, *states, self.previews, self.speed.start]
+        manifests: list[Hook] = [self._manifest] if self._manifest is not None else []
+        # A state says that everything before it is done, so it comes last.
+        saving: list[Hook] = [*self.models, self.previews, self._save_if_asked, self.states]
+        return [*manifests, *averages, self.tracker, *validations, *saving, self.speed.start]
 
-    def save_interrupted(self, step: int, length: RunLength) -> None:
-        """Save the model, and the state if states are asked for, where the run was stopped."""
-        point = SavePoint(kind="step", number=step)
-        for saver in self.models:
-            saver.save(point, step=step, epoch=step // length.steps_per_epoch)
-        if self._keeps_states:
-            self.states.save(point, step=step, epoch=length.epoch_of(step - 1))
+    def save_now(self, step: int, *, last: bool) -> None:
+        """Save model and state after ``step`` steps, whatever the options say; ``last`` says that the run ends then."""
+        for save in self._saves(step, last=last):
+            save()
 
-    def save_after_failure(self, step: int, length: RunLength) -> None:
-        """Save the model and a state, asked for or not, where a failure ended the run; it hides no error of the run."""
-        point = SavePoint(kind="step", number=step)
-        saves = [
-            *(partial(saver.save, point, step=step, epoch=step // length.steps_per_epoch) for saver in self.models),
-            partial(self.states.save, point, step=step, epoch=length.epoch_of(step - 1)),
-        ]
-        for save in saves:
+    def save_after_failure(self, step: int) -> None:
+        """Save model and state after ``step`` steps, where an error ends the run, which is not hidden by another."""
+        for save in self._saves(step, last=True):
             try:
                 save()
             except Exception as error:
@@ -178,6 +187,27 @@ class Hooks:
                 log.debug("saving failed", exc_info=True)
         if self.states.last_saved is not None:
             log.warning("to continue when the cause is mended: --resume %s", shown_path(self.states.last_saved))
+
+    def _saves(self, step: int, *, last: bool) -> list[Callable[[], None]]:
+        point, length = SavePoint(kind="step", number=step), self._length
+        finished, begun = step // length.steps_per_epoch, length.epoch_of(step - 1)
+        return [
+            *(partial(saver.save, point, step=step, epoch=finished, last=last) for saver in self.models),
+            partial(self.states.save, point, step=step, epoch=begun, last=last),
+        ]
+
+    def save_what_is_missing(self) -> None:
+        """Save what a run that has made its last step was killed before it could save."""
+        step, epochs = self._length.total_steps, self._length.epochs
+        savers: list[ModelSaver | StateSaver] = [*self.models, self.states]
+        for saver in savers:
+            if not saver.has_ended:
+                saver.save(END, step=step, epoch=epochs)
+        self.rescue.settle()
+
+    def _save_if_asked(self, moment: "Moment") -> None:
+        if moment.save_requested and not moment.interrupted:
+            self.save_now(moment.step, last=False)
 
     @property
     def written(self) -> list[tuple[str, Path]]:
@@ -194,6 +224,13 @@ class Hooks:
         """Name the results."""
         for what, path in self.written:
             log.info("%s: %s", what, path)
+
+
+def _sweep(names: OutputNames) -> None:
+    """Mend what a killed run of the same name left in the output folder."""
+    sweep(names.folder, names.owns)
+    prefix = f"{names.name}_" if names.name else ""
+    sweep(names.folder / "sample", lambda name: name.startswith(prefix) and name.endswith(".png"))
 
 
 def _save(

@@ -33,7 +33,7 @@ from library.models.detect import check_model_source
 from library.models.options import ModelOptions, PromptOptions
 from library.training.hub import HubState, check_access, check_hub, fetch_state
 from library.training.metadata import check_metadata
-from library.training.naming import check_saving
+from library.training.naming import OutputNames, check_saving
 from library.training.options import (
     HubOptions,
     LoggingOptions,
@@ -46,7 +46,7 @@ from library.training.options import (
 )
 from library.training.prompt_files import PreviewPrompt, load_prompts
 from library.training.rates import check_rates, rate_notices
-from library.training.states import check_state
+from library.training.states import check_state, newest_state, seed_of
 from library.training.tracking import check_logging
 
 log = logging.getLogger(__name__)
@@ -106,6 +106,7 @@ class Inputs:
         prompts: The preview prompts; empty when no previews are made.
         held_out: Images to validate on, which are not among the records; None without any.
         state: The state to continue from, in a local folder; None for a new run.
+        seed: The seed of that state's run, which a run that goes on has, too; None where there is none.
     """
 
     spec: DataSpec
@@ -113,6 +114,7 @@ class Inputs:
     prompts: tuple[PreviewPrompt, ...]
     held_out: HeldOut | None = None
     state: Path | None = None
+    seed: int | None = None
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -153,7 +155,7 @@ def check_inputs(
     problems += check_logging(options.logging)
     hub_problems, hub_notices = check_hub(options.hub, options.resume, options.save)
     problems += hub_problems
-    if options.resume.resume is not None and not options.hub.resume_from_huggingface:
+    if options.resume.resume is not None and not (options.resume.is_automatic or options.hub.resume_from_huggingface):
         problems += check_state(options.resume.resume)
     prompts = _collected(lambda: _prompts(options.preview), problems) or ()
     read = _collected(lambda: read_data(options, support=support), problems)
@@ -166,7 +168,14 @@ def check_inputs(
     for notice in (*source.notices, *rate_notices(options), *hub_notices):
         log.warning(notice)
     state = None if options.check.dry_run else _state(options)
-    return Inputs(spec=read[0], records=split.training, prompts=prompts, held_out=split.held_out, state=state)
+    return Inputs(
+        spec=read[0],
+        records=split.training,
+        prompts=prompts,
+        held_out=split.held_out,
+        state=state,
+        seed=None if state is None else seed_of(state),
+    )
 
 
 def _state(options: InputOptions) -> Path | None:
@@ -177,7 +186,16 @@ def _state(options: InputOptions) -> Path | None:
     """
     check_access(options.hub)
     on_hub = HubState.of(options.hub, options.resume)
-    return fetch_state(on_hub) if on_hub is not None else options.resume.resume
+    if on_hub is not None:
+        return fetch_state(on_hub)
+    if not options.resume.is_automatic:
+        return options.resume.resume
+    assert options.save.output_dir is not None, "checked before"
+    names = OutputNames(folder=options.save.output_dir, name=options.save.output_name, suffix="")
+    found = newest_state(names.folder, names.owns)
+    if found is None:
+        log.info("--resume auto: there is no state yet, the run begins")
+    return found
 
 
 def split_data(spec: DataSpec, records: Sequence[ImageRecord], options: ValidationOptions) -> Split:

@@ -2,12 +2,9 @@
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import MISSING, Field, dataclass, field, fields, is_dataclass
-from typing import Any, Final, TypeAlias, get_type_hints
+from typing import Any, Final, get_type_hints
 
 _KEY: Final = "option"
-
-LaterValues: TypeAlias = Mapping[Any, str] | Callable[[Any], str | None]
-"""What brings a value that is not available yet: a topic by value, or a function from the value to a topic or None."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -19,8 +16,6 @@ class OptionFacts:
     flag_aliases: tuple[str, ...] = ()
     metavar: str | None = None
     parse: Callable[[object], object] | None = None
-    later: str | None = None
-    later_values: LaterValues | None = None
     minimum: float | None = None
     maximum: float | None = None
     above: float | None = None
@@ -36,8 +31,6 @@ def option(
     flag_aliases: Sequence[str] = (),
     metavar: str | None = None,
     parse: Callable[[object], object] | None = None,
-    later: str | None = None,
-    later_values: LaterValues | None = None,
     minimum: float | None = None,
     maximum: float | None = None,
     above: float | None = None,
@@ -53,8 +46,6 @@ def option(
         flag_aliases: Further names of the flag, without dashes.
         metavar: How ``--help`` names the value; ``PATH``, ``FILE`` and ``DIR`` also say that it is private.
         parse: Conversion of what was given (text or a TOML value) in place of the type's own; raises ValueError.
-        later: Topic that will bring the option: every value but the default is refused as not available yet.
-        later_values: The same for single values.
         minimum: Smallest value allowed.
         maximum: Largest value allowed.
         above: Bound that the value must exceed.
@@ -67,8 +58,6 @@ def option(
         flag_aliases=tuple(flag_aliases),
         metavar=metavar,
         parse=parse,
-        later=later,
-        later_values=later_values,
         minimum=minimum,
         maximum=maximum,
         above=above,

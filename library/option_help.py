@@ -14,7 +14,7 @@ _WIDTHS: Final = (60, 110)  # columns: narrowest and widest text
 _NOTES: Final = """\
 Options come from --config_file first and from the command line last, which wins. A flag may be cut short as long as \
 it stays clear (--output_d). --no_X switches the switch --X off, for instance one that the configuration file sets. \
-Options for several values take everything up to the next flag. Options marked "not available yet" are refused."""
+Options for several values take everything up to the next flag."""
 
 
 def help_text(declared: Iterable[Declared], *, prog: str, description: str) -> str:
@@ -62,8 +62,6 @@ def _explanation(item: Declared) -> str:
         parts.append(f"One of {', '.join(map(str, item.facts.choices))}.")
     if item.default not in (None, (), "", False):
         parts.append(f"[default: {_shown(item.default)}]")
-    if item.facts.later:
-        parts.append("[not available yet]")
     return " ".join(parts)
 
 

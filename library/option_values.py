@@ -181,15 +181,6 @@ def _check(facts: OptionFacts, value: Any) -> None:
         raise ValueError(wrong)
 
 
-def not_available_yet(declared: Declared, value: Any) -> str | None:
-    """The topic that will bring a value which is not available yet, or None."""
-    if value == declared.default:
-        return None
-    later = declared.facts.later_values
-    single = None if later is None else later(value) if callable(later) else later.get(value)
-    return declared.facts.later or single
-
-
 def text_pairs(values: Sequence[str]) -> dict[str, str]:
     """``key=value`` texts as a mapping to texts, split at the first equals sign; the last of equal keys holds."""
     parts = (text.partition("=") for text in values)

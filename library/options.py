@@ -41,7 +41,6 @@ from library.option_values import (
     did_you_mean,
     near_names,
     near_remedy,
-    not_available_yet,
     pair_problems,
     parse_int_or_float,
     parse_range,
@@ -51,6 +50,7 @@ from library.option_values import (
 )
 
 __all__ = [
+    "PRIVATE_METAVARS",
     "SECRET_KEYS",
     "declared_flags",
     "did_you_mean",
@@ -78,7 +78,8 @@ SECRET_KEYS: Final = frozenset({"wandb_api_key", "huggingface_token"})
 _SLIP: Final = 0.8
 """Of two names at least so similar (``difflib``) one is taken for the other misspelt."""
 
-_PRIVATE_METAVARS: Final = frozenset({"PATH", "FILE", "DIR"})
+PRIVATE_METAVARS: Final = frozenset({"PATH", "FILE", "DIR"})
+"""How ``--help`` names the values of options that hold paths."""
 
 log = logging.getLogger(__name__)
 
@@ -187,7 +188,6 @@ class _Reading:
 
     def build(self, kind: type[T]) -> tuple[T, list[str]]:
         """The options, settled, and their notices; what is wrong with them is added to ``problems``."""
-        self._refuse_later()
         notices: list[str] = []
         parts: dict[str, Any] = {}
         hints = get_type_hints(kind)
@@ -200,17 +200,6 @@ class _Reading:
         if not self.failed:
             self._report(options, notices)
         return options, notices
-
-    def _refuse_later(self) -> None:
-        """Refuse the values that hold but are not available yet."""
-        for name, item in self.given.items():
-            declared = self.declared[name]
-            topic = not_available_yet(declared, self.values[name])
-            if topic is not None:
-                what = f"--{name}" if declared.facts.later else f"--{name} {_written(item.raw)}"
-                remedy = f"Leave --{name} out."
-                self.problems.append(Problem(f"{what} is not available yet ({topic})", item.where, remedy))
-                self.failed.add(name)
 
     def _group(self, name: str, default: Any, notices: list[str]) -> Any:
         own = [item.name for item in self.declared.values() if item.group == name]
@@ -265,7 +254,7 @@ def public_values(options: object) -> dict[str, object]:
     return {
         name: value
         for name, value in flat_values(options).items()
-        if name not in SECRET_KEYS and declared[name].facts.metavar not in _PRIVATE_METAVARS
+        if name not in SECRET_KEYS and declared[name].facts.metavar not in PRIVATE_METAVARS
     }
 
 

@@ -5,7 +5,6 @@ import platform
 import time
 import traceback
 from collections.abc import Callable, Iterable, Sequence
-from importlib import metadata
 from pathlib import Path
 from types import TracebackType
 from typing import Final, Self
@@ -21,6 +20,7 @@ from library.runtime import Runtime
 from library.start_screen import ScreenOptions
 from library.training.charts import charts
 from library.training.clock import iso_date, now
+from library.training.environment import versions
 from library.training.history import RunHistory
 from library.training.privacy import Scrubber, model_name, shareable, shown_path
 from library.training.progress import RunLength
@@ -39,9 +39,6 @@ from library.training.speed import Speed, memory_figures
 
 log = logging.getLogger(__name__)
 
-_PACKAGES: Final = (
-    "torch", "diffusers", "transformers", "accelerate", "safetensors", "numpy", "Pillow", "bitsandbytes", "xformers",
-)  # fmt: skip
 _EXAMPLES: Final = 3
 _LONGEST_VALUE: Final = 300
 
@@ -114,7 +111,7 @@ class RunReport:
             log.debug("report failed", exc_info=True)
 
     def _gathered(self, history: RunHistory, error: BaseException | None) -> Report:
-        scrub = _scrubber(self._options, self._inputs.spec)
+        scrub = scrubber(self._options, self._inputs.spec)
         outcome = self._outcome(history, error)
         failure = _failure(error, scrub) if outcome == "failed" and error is not None else None
         return Report(
@@ -188,7 +185,8 @@ class RunReport:
 _MEMORY: Final = {"memory/peak_ram_gb": "RAM", "memory/peak_gpu_gb": "GPU"}
 
 
-def _scrubber(options: ScreenOptions, spec: DataSpec) -> Scrubber:
+def scrubber(options: ScreenOptions, spec: DataSpec) -> Scrubber:
+    """Takes the paths and secrets of a run out of texts."""
     values = flat_values(options)
     paths: list[Path | str] = [value for value in values.values() if isinstance(value, Path)]
     paths += [str(subset.image_dir) for dataset in spec.datasets for subset in dataset.subsets]
@@ -225,13 +223,8 @@ def _shown(value: object) -> str:
 
 
 def _versions() -> tuple[tuple[str, str], ...]:
-    found = [("Python", platform.python_version()), ("system", f"{platform.system()} {platform.machine()}")]
-    for name in _PACKAGES:
-        try:
-            found.append((name, metadata.version(name)))
-        except metadata.PackageNotFoundError:
-            continue
-    return tuple(found)
+    system = f"{platform.system()} {platform.machine()}"
+    return (("Python", platform.python_version()), ("system", system), *versions().items())
 
 
 def _device(runtime: Runtime) -> str:

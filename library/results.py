@@ -30,6 +30,7 @@ class Result:
     """The result of a script.
 
     Attributes:
+        script: Name of the script's file.
         kind: What it is, for its metadata.
         suffix: Suffix of its file; empty for a folder.
         tracker_name: Name of the log where the options give none.
@@ -38,6 +39,7 @@ class Result:
         network_args: Arguments of the network module, for the record.
     """
 
+    script: str
     kind: Kind
     suffix: str
     tracker_name: str

@@ -1,25 +1,27 @@
 """One training run around a method: plan, optimizer, resuming, hooks, the loop, and what is said at the end."""
 
-import hashlib
 import logging
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager, nullcontext
-from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, Protocol
+from dataclasses import dataclass, fields
+from typing import TYPE_CHECKING, Any, Final, Protocol
 
 from library.breakdowns import breakdowns_explained
 from library.data.dataset import Batch, TrainingDataset
 from library.data.disk_cache import DiskLatentCache, Share
 from library.data.epoch_plan import EpochPlan
+from library.data.identity import identity
 from library.data.latent_cache import LatentCache
 from library.data.latent_encoding import LatentSource
 from library.data.loader import build_loader
 from library.data.mask_cache import MaskCache
-from library.data.options import CacheOptions, LoaderOptions
+from library.data.options import CacheOptions, CaptionOptions, ImageOptions, LoaderOptions, SourceOptions
 from library.data.setup import TrainingData
 from library.errors import UserError, raise_if_any
 from library.hooks import Hooks
 from library.inputs import Inputs
+from library.manifest import RunManifest
+from library.models.identity import frozen_digest
 from library.models.latents import encoder_digest
 from library.options import flat_values
 from library.reporting import RunReport
@@ -30,7 +32,8 @@ from library.start_screen import start_screen
 from library.task import DenoisingTask
 from library.training.clock import now, session_id
 from library.training.ema import WeightAverage
-from library.training.loop import Interruption, fit
+from library.training.fingerprint import fingerprint
+from library.training.loop import fit
 from library.training.lr_schedulers import build_lr_scheduler
 from library.training.metadata import RunFacts
 from library.training.method import Hook, StepShape, TrainingMethod
@@ -38,7 +41,7 @@ from library.training.optimizers import BuiltOptimizer, build_optimizer, check_g
 from library.training.options import OptimizerOptions
 from library.training.progress import Moment, RunLength
 from library.training.rates import settled_schedule
-from library.training.states import fingerprint
+from library.training.signals import Interruption
 from library.training.updates import FusedUpdate, Update, WholeUpdate
 from library.validation import ValidationSet, Validator, validation_timesteps
 
@@ -49,6 +52,12 @@ log = logging.getLogger(__name__)
 
 STOPPED = 130
 """Exit code of a run that another process's signal has stopped."""
+
+
+# What the options for data come to is compared in their place; these two say how the data are used.
+_TOLD_BY_DATA: Final = frozenset(
+    item.name for group in (SourceOptions, ImageOptions, CaptionOptions) for item in fields(group)
+) - {"masked_loss", "prior_loss_weight"}
 
 
 class RunOptions(ResultOptions, Protocol):
@@ -118,8 +127,12 @@ def train(
         world=task.runtime.world,
         where=str(task.runtime.device),
     )
-    with RunReport(options, inputs, data, task.runtime) as report, explained:
-        return _Run(method, task, result, options, inputs, data).train(report)
+    with (
+        RunReport(options, inputs, data, task.runtime) as report,
+        RunManifest(options, inputs, data, task.runtime, script=result.script) as manifest,
+        explained,
+    ):
+        return _Run(method, task, result, options, inputs, data).train(report, manifest)
 
 
 class _Run:
@@ -152,30 +165,36 @@ class _Run:
             steps_per_epoch=self._plan.steps_per_epoch,
         )
 
-    def train(self, report: RunReport) -> int:
+    def train(self, report: RunReport, manifest: RunManifest) -> int:
         """The whole run; returns its exit code."""
         raise_if_any(check_groups(self._options.optimizer, self._method.param_groups()))
         images = self._images()
         learning = self._learning()
-        made_of = fingerprint({**flat_values(self._options), "seed": self._runtime.seed}, _digest(self._data))
         progress = Progress(
-            self._method, learning.optimizer, learning.schedule, self._runtime, made_of, learning.average
+            self._method, learning.optimizer, learning.schedule, self._runtime, self._made_of(), learning.average
         )
-        start_step = progress.resume(self._inputs.state, self._length)
-        hooks = self._hooks(images, learning, progress, report, start_step)
+        start_step = progress.resume(self._inputs.state, self._options.resume, self._length)
+        hooks = self._hooks(images, learning, progress, report, manifest, start_step)
+        if start_step == self._length.total_steps:
+            hooks.save_what_is_missing()
+            return 0
         description = _short_name(learning.built.description)
         report.began(
             self._length,
             start_step=start_step,
             speed=hooks.speed,
             results=lambda: hooks.written,
-            facts=(("optimizer", description), ("schedule", self._options.scheduler.lr_scheduler)),
+            facts=(
+                ("optimizer", description),
+                ("schedule", self._options.scheduler.lr_scheduler),
+                *manifest.facts,
+            ),
         )
         self._say_what_will_be_done(start_step)
-        if start_step == 0:
-            hooks.previews.before_training()
+        manifest.began(self._length, start_step=start_step)
+        hooks.previews.before_training(self._length)
         with hooks.uploads or nullcontext():
-            code = self._fit(self._batches(images, start_step), learning, hooks, start_step)
+            code = self._fit(self._batches(images, start_step), learning, hooks, progress, start_step)
             hooks.say_what_was_written()
             self._runtime.accelerator.end_training()
         hooks.rescue.settle()
@@ -205,7 +224,13 @@ class _Run:
         return _Learning(built=built, optimizer=optimizer, schedule=schedule, average=average)
 
     def _hooks(
-        self, images: _Images, learning: _Learning, progress: Progress, report: RunReport, start_step: int
+        self,
+        images: _Images,
+        learning: _Learning,
+        progress: Progress,
+        report: RunReport,
+        manifest: RunManifest,
+        start_step: int,
     ) -> Hooks:
         """What follows each step."""
         facts = self._facts(images, learning)
@@ -230,6 +255,7 @@ class _Run:
             images_of=self._plan.step_size,
             start_step=start_step,
             history=report.history,
+            manifest=manifest,
             result_weights=lambda: result_weights(learning.built.optimizer),
         )
 
@@ -283,31 +309,53 @@ class _Run:
             pin_memory=self._runtime.device.type == "cuda",
         )
 
-    def _fit(self, batches: Iterable[Batch], learning: _Learning, hooks: Hooks, start_step: int) -> int:
+    def _made_of(self) -> dict[str, object]:
+        """What states tell of the run, so that it is not continued as another one."""
+        plan, model = self._plan, self._task.model
+        options = {name: value for name, value in flat_values(self._options).items() if name not in _TOLD_BY_DATA}
+        return fingerprint(
+            {**options, "seed": self._runtime.seed},
+            data=identity(
+                self._inputs.spec,
+                self._data,
+                batches_per_step=self._options.length.gradient_accumulation_steps * self._runtime.world,
+                steps_per_epoch=plan.steps_per_epoch,
+            ),
+            model={
+                what: frozen_digest(part)
+                for what, part in (("U-Net", model.unet), ("text encoder", model.text_encoder), ("VAE", model.vae))
+            },
+            total_steps=self._length.total_steps,
+        )
+
+    def _fit(
+        self, batches: Iterable[Batch], learning: _Learning, hooks: Hooks, progress: Progress, start_step: int
+    ) -> int:
         """Train to the end or until asked to stop, and save then; returns the exit code."""
         plan, optimizer = self._plan, learning.optimizer
         # After resuming, which gives the optimizer new groups.
         update = _update(optimizer, self._options.optimizer, self._runtime, coupled=learning.built.coupled)
-        keeper = self._keeping_what_was_done(update, hooks, start_step)
-        with Interruption().watched() as interruption, hooks.tracker, keeper as note:
-            step = fit(
-                self._method,
-                batches,
-                length=self._length,
-                shape_of=lambda step: StepShape(micro_batches=plan.slots(step), examples=plan.step_size(step)),
-                optimizer=optimizer,
-                schedule=learning.schedule,
-                update=update,
-                runtime=self._runtime,
-                start_step=start_step,
-                hooks=[note, *hooks.in_order],
-                name_examples=self._data.names,
-                interruption=interruption,
-            )
-        if step == self._length.total_steps:
-            return 0
-        if step > start_step:
-            hooks.save_interrupted(step, self._length)
+        with Interruption().watched() as interruption, hooks.tracker:
+            with self._keeping_what_was_done(update, hooks, start_step) as note:
+                step = fit(
+                    self._method,
+                    batches,
+                    length=self._length,
+                    shape_of=lambda step: StepShape(micro_batches=plan.slots(step), examples=plan.step_size(step)),
+                    optimizer=optimizer,
+                    schedule=learning.schedule,
+                    update=update,
+                    runtime=self._runtime,
+                    start_step=start_step,
+                    hooks=[note, *hooks.in_order],
+                    name_examples=self._data.names,
+                    interruption=interruption,
+                    losses=progress.losses,
+                )
+            if step == self._length.total_steps:
+                return 0
+            if step > start_step:
+                hooks.save_now(step, last=True)
         # Another process may have been the one that was asked to stop.
         return interruption.exit_code or STOPPED
 
@@ -328,7 +376,7 @@ class _Run:
         except Exception:
             if done > start_step and not update.has_begun:
                 log.error("the run ends after step %d, where model and state are saved", done)
-                hooks.save_after_failure(done, self._length)
+                hooks.save_after_failure(done)
             raise
 
 
@@ -382,12 +430,3 @@ def _update(optimizer: Any, options: OptimizerOptions, runtime: Runtime, *, coup
             remedy="Start one process, or leave it out.",
         )
     return FusedUpdate(optimizer, seed=runtime.seed)
-
-
-def _digest(data: TrainingData) -> str:
-    """A digest of what is trained on: names, sizes, captions and repeats of the images."""
-    digest = hashlib.blake2b(digest_size=16)
-    for record in data.records:
-        facts = (record.path.name, record.size, record.bucket, record.caption, record.repeats, record.is_reg)
-        digest.update(repr((*facts, record.mask and record.mask.name)).encode())
-    return digest.hexdigest()

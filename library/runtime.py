@@ -19,6 +19,7 @@ from typing import TYPE_CHECKING, Any
 from library.errors import Problem, UserError, raise_if_any
 from library.messages import KeepMessages
 from library.runtime_options import ConsoleOptions, RuntimeOptions
+from library.scrubbing import Scrubber
 
 if TYPE_CHECKING:
     import torch
@@ -123,9 +124,8 @@ def set_up_logging(options: ConsoleOptions) -> None:
     else:
         new = _ConsoleHandler(sys.stdout if options.console_log_simple else sys.stderr)
     simple = options.console_log_simple and not options.console_log_file
-    new.setFormatter(
-        logging.Formatter("%(message)s" if simple else "%(asctime)s %(levelname)s %(message)s", "%H:%M:%S")
-    )
+    lines = _FileLines if options.console_log_file else logging.Formatter
+    new.setFormatter(lines("%(message)s" if simple else "%(asctime)s %(levelname)s %(message)s", "%H:%M:%S"))
     root.addHandler(new)
     root.addHandler(KeepMessages())
     root.setLevel(level)
@@ -133,6 +133,13 @@ def set_up_logging(options: ConsoleOptions) -> None:
     logging.getLogger("bitsandbytes").setLevel(logging.ERROR)
     for name in ("httpx", "urllib3", "PIL", "accelerate", "diffusers", "transformers", "filelock"):
         logging.getLogger(name).setLevel(max(level, logging.WARNING))
+
+
+class _FileLines(logging.Formatter):
+    """Lines for a file, which may be passed on: the screen alone shows whole paths."""
+
+    def format(self, record: logging.LogRecord) -> str:
+        return Scrubber()(super().format(record))
 
 
 class _ConsoleHandler(logging.StreamHandler[Any]):
@@ -151,12 +158,13 @@ class _ConsoleHandler(logging.StreamHandler[Any]):
             self.handleError(record)
 
 
-def start_runtime(options: RuntimeOptions, *, find_unused_parameters: bool) -> Runtime:
+def start_runtime(options: RuntimeOptions, *, find_unused_parameters: bool, seed: int | None = None) -> Runtime:
     """Start Accelerate.
 
     Args:
         options: Precision, seed and process options.
         find_unused_parameters: Whether a step may leave trained parameters without a gradient.
+        seed: Seed of the run where the options give none; drawn where there is none either.
 
     Raises:
         UserError: fp16 was asked for where it cannot be trained, a backend of torch.compile is not there, or the
@@ -196,7 +204,7 @@ def start_runtime(options: RuntimeOptions, *, find_unused_parameters: bool) -> R
     return Runtime(
         accelerator,
         dtype,
-        _agree_on_seed(options.seed, accelerator),
+        _agree_on_seed(seed if options.seed is None else options.seed, accelerator),
         trains_narrow=options.full_fp16 or options.full_bf16,
         keeps_memory=options.highvram,
         compiler=options.dynamo_backend if options.torch_compile else None,

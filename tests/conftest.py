@@ -10,9 +10,15 @@ from tests.fresh import forget_accelerate
 from tests.tiny import Kind, tiny_ldm, tiny_sd
 
 
-@pytest.fixture(autouse=True)
+@pytest.fixture(autouse=True, scope="module")
 def fresh_accelerate() -> None:
-    """Whatever the tests before it ran, a test starts its own run."""
+    """A file's tests do not see the settings of those that ran before; within a file, tests may share a runtime."""
+    forget_accelerate()
+
+
+@pytest.fixture
+def accelerate_anew() -> None:
+    """For tests that each start a run of their own."""
     forget_accelerate()
 
 

@@ -85,9 +85,6 @@ REG = f"{FOLDERS} --reg_data_dir={{}}/reg"
 REFUSED: dict[str, str] = {
     "dataset_class": "a data set is described, not programmed",
     "deepspeed": "it changes weights before they could be checked",
-    "initial_epoch": "not available yet",
-    "initial_step": "not available yet",
-    "skip_until_initial_step": "not available yet",
 }
 """Refused, with the reason."""
 
@@ -262,9 +259,6 @@ SCREEN: dict[str, Change] = {
     "zero3_init_flag": Change("--zero3_init_flag"),
     "zero3_save_16bit_model": Change("--zero3_save_16bit_model"),
     "fp16_master_weights_and_gradients": Change("--fp16_master_weights_and_gradients"),
-    "skip_until_initial_step": Change("--skip_until_initial_step"),
-    "initial_epoch": Change("--initial_epoch=2"),
-    "initial_step": Change("--initial_step=2"),
     "network_dim": Change("--network_dim=8"),
     "network_args": Change("--network_args conv_dim=4"),
     "network_train_unet_only": Change("--network_train_unet_only"),
@@ -568,6 +562,9 @@ ELSEWHERE: dict[str, str] = {
     "huggingface_token": f"{HUB}::test_tokens_that_are_refused_end_the_run",
     "async_upload": f"{UPLOADS}::test_twenty_uploads_with_faults_leave_training_as_it_is",
     **dict.fromkeys(("save_state_to_huggingface", "resume_from_huggingface"), STATE_ON_HUB),
+    **dict.fromkeys(
+        ("initial_step", "initial_epoch"), "scripts/test_resuming.py::test_a_run_begins_where_it_is_told_to"
+    ),
     "resume": "scripts/test_train_db.py::test_a_resumed_run_equals_the_uninterrupted_one",
     "config_file": "scripts/test_gui_files.py::test_it_runs_unchanged",
     "tokenizer_cache_dir": "library/models/test_stable_diffusion.py::test_the_tokenizer_folder_of_the_option_wins",
@@ -613,6 +610,7 @@ HERE = {
 
 ALWAYS: dict[str, str] = {
     "persistent_data_loader_workers": "workers stay for the whole run in any case",
+    "skip_until_initial_step": "a run that begins later begins there in the data, too",
     "sdpa": "it is what is used unless another kind of attention is asked for",
 }
 """What an option asks for that is so without it."""

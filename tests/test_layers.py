@@ -8,7 +8,7 @@ import pytest
 ROOT = Path(__file__).parent.parent
 
 # Lower layers first; a module may import its own layer's package and every layer below it.
-BASE = ["library.errors", "library.streams", "library.disk_space", "library.files"]
+BASE = ["library.errors", "library.streams", "library.disk_space", "library.files", "library.scrubbing"]
 OPTIONS = [
     "library.options",
     "library.option_fields",
@@ -36,6 +36,9 @@ TOP = [
     "library.validation",
     "library.hooks",
     "library.reporting",
+    "library.provenance",
+    "library.manifest",
+    "library.reproduction",
     "library.run",
     "library.caption_lengths",
     "library.full_model_options",

@@ -48,8 +48,6 @@ def _meaning(declared: Declared) -> str:
     text = declared.facts.help
     if declared.facts.choices:
         text += f" One of {_listed(declared.facts.choices)}."
-    if declared.facts.later:
-        text += f" *Not available yet ({declared.facts.later}).*"
     return text.replace("|", "\\|")
 
 

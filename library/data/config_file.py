@@ -187,15 +187,12 @@ class _Reader:
             self._report(f"{key.name} has no meaning here: this method needs every caption", path, "Remove the line.")
             return False
         try:
-            read = key.kind.read(value)
+            key.kind.read(value)
         except ValueError:
             remedy = f"Write for example: {key.name} = {key.kind.example}"
             if key.name == "num_repeats":
                 remedy += "; to leave images out, remove their [[datasets.subsets]]."
             self._report(f"{key.name} must be {key.kind.expected}, not {_as_written(value)}", path, remedy)
-            return False
-        if key.later is not None and read != key.default:
-            self._report(f"{key.name} ({key.later}) is not available yet", path, "Remove the line.")
             return False
         return True
 

@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from multiprocessing import active_children
 from multiprocessing.connection import wait
 from multiprocessing.process import BaseProcess
+from types import FrameType
 from typing import Any, Protocol
 
 import torch
@@ -154,15 +155,23 @@ def _lost(workers: Sequence[BaseProcess]) -> tuple[Problem, ...]:
     )
 
 
+def _heed_the_next(number: int, frame: FrameType | None) -> None:
+    """The main process finishes its step first, for which it needs its workers; should one hang, it is told again."""
+    signal.signal(number, signal.SIG_DFL)
+
+
 def _as_it_is(made: Any) -> Any:
     return made
 
 
 def _prepare_worker(number: int) -> None:
-    """Keep a worker to one thread, and let the main process decide what Ctrl-C means."""
+    """Keep a worker to one thread, and let the main process decide what signals to all of the group mean."""
     import cv2
 
     signal.signal(signal.SIGINT, signal.SIG_IGN)
+    signal.signal(signal.SIGTERM, _heed_the_next)
+    if hasattr(signal, "SIGUSR1"):
+        signal.signal(signal.SIGUSR1, signal.SIG_IGN)
     os.environ["TOKENIZERS_PARALLELISM"] = "false"
     torch.set_num_threads(1)
     cv2.setNumThreads(0)

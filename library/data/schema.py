@@ -44,7 +44,6 @@ class Key:
         scopes: Where it may stand.
         default: Its value when nobody gives one.
         flag: The command line's name for it, if it has one.
-        later: What it switches on that is not available yet; only the default is accepted then.
     """
 
     name: str
@@ -52,7 +51,6 @@ class Key:
     scopes: tuple[Scope, ...]
     default: Any = None
     flag: str | None = None
-    later: str | None = None
 
 
 def _boolean(value: object) -> bool:

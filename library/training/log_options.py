@@ -37,6 +37,7 @@ class LoggingOptions:
     wandb_api_key: str | None = option(None, metavar="KEY", help="Key to log in to Weights & Biases.")
     log_config: bool = option(False, help="Write the options of the run, without secrets and paths, to the log.")
     no_report: bool = option(False, help="Do not write the HTML report of the run at its end.")
+    no_manifest: bool = option(False, help="Do not write the manifest, from which tools/reproduce.py repeats the run.")
 
     @property
     def targets(self) -> tuple[str, ...]:

@@ -4,9 +4,10 @@ import importlib
 import importlib.util
 import threading
 import tomllib
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
-from types import MappingProxyType
+from types import MappingProxyType, SimpleNamespace
 from typing import TYPE_CHECKING, Any, Final, Protocol
 
 from library.disk_space import may_write
@@ -48,6 +49,9 @@ class LogTarget(Protocol):
     def add_image(self, number: int, image: "Image", *, prompt: str, step: int) -> None:
         """Take in the preview of prompt ``number``, from 0, made after ``step`` steps."""
 
+    def flush(self) -> None:
+        """Write what has been taken in so far."""
+
     def close(self, *, failed: bool) -> None:
         """Write what is left; ``failed`` says that the run ended with an error."""
 
@@ -59,15 +63,20 @@ class TensorBoardLog:
         folder: Their folder.
         settings: Further arguments of torch's ``SummaryWriter``.
         config: Text shown with the log.
+        continued_at: Steps of an earlier part of the run that is logged there; what it logged later does not count.
     """
 
     name = "TensorBoard"
 
-    def __init__(self, folder: Path, settings: Mapping[str, Any], config: str | None) -> None:
+    def __init__(
+        self, folder: Path, settings: Mapping[str, Any], config: str | None, *, continued_at: int | None = None
+    ) -> None:
         from torch.utils.tensorboard import SummaryWriter
 
         self._folder = folder
-        self._writer = SummaryWriter(str(folder), **settings)
+        first = None if continued_at is None else continued_at + 1
+        with _machine_unnamed():
+            self._writer = SummaryWriter(str(folder), purge_step=first, **settings)
         self._prompts_told: set[int] = set()
         self._former_hook = threading.excepthook
         threading.excepthook = self._thread_failed
@@ -92,6 +101,11 @@ class TensorBoardLog:
             self._writer.add_text(tag, f"    {' '.join(prompt.split())}", step)
             self._prompts_told.add(number)
 
+    def flush(self) -> None:
+        """As :class:`LogTarget`."""
+        self._check()
+        self._writer.flush()
+
     def close(self, *, failed: bool) -> None:
         """As :class:`LogTarget`."""
         try:
@@ -110,6 +124,19 @@ class TensorBoardLog:
             raise FileNotFoundError("its folder is gone")
 
 
+@contextmanager
+def _machine_unnamed() -> Iterator[None]:
+    """Keep the name of this machine out of that of an event file."""
+    from tensorboard.summary.writer import event_file_writer
+
+    known = event_file_writer.socket
+    event_file_writer.socket = SimpleNamespace(gethostname=lambda: "run")
+    try:
+        yield
+    finally:
+        event_file_writer.socket = known
+
+
 class WandbLog:
     """A run at Weights & Biases; its x axis is the number of finished steps throughout.
 
@@ -119,6 +146,10 @@ class WandbLog:
         settings: Further arguments of ``wandb.init``.
         api_key: Logs in with this key; as the package is set up when None.
         config: Option values that are shown.
+        former: Its number there, where an earlier part of the run was logged.
+
+    Attributes:
+        number: Its number there.
 
     Raises:
         UserError: The run cannot be begun.
@@ -134,9 +165,11 @@ class WandbLog:
         settings: Mapping[str, Any],
         api_key: str | None,
         config: Mapping[str, object] | None,
+        former: str | None = None,
     ) -> None:
         self._wandb: Any = importlib.import_module("wandb")
-        arguments: dict[str, Any] = {"project": project, **settings}
+        continued = {} if former is None else {"id": former, "resume": "allow"}
+        arguments: dict[str, Any] = {"project": project, **continued, **settings}
         if folder is not None:
             folder.mkdir(parents=True, exist_ok=True)
             arguments.setdefault("dir", str(folder))
@@ -153,6 +186,7 @@ class WandbLog:
                 where="--log_with, --log_tracker_config",
                 remedy="Run `wandb login`, set WANDB_MODE=offline to log without a connection, or use tensorboard.",
             ) from error
+        self.number = str(getattr(self._run, "id", "") or "")
 
     def add(self, figures: Mapping[str, float], *, at: int, step: int) -> None:
         """As :class:`LogTarget`."""
@@ -161,6 +195,9 @@ class WandbLog:
     def add_image(self, number: int, image: "Image", *, prompt: str, step: int) -> None:
         """As :class:`LogTarget`."""
         self._run.log({f"sample_{number}": self._wandb.Image(image, caption=prompt)}, step=step)
+
+    def flush(self) -> None:
+        """As :class:`LogTarget`; what is logged is sent as it comes."""
 
     def close(self, *, failed: bool) -> None:
         """As :class:`LogTarget`."""

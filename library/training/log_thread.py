@@ -2,6 +2,7 @@
 
 import queue
 import threading
+import time
 from collections.abc import Callable, Mapping
 from contextlib import suppress
 from typing import TYPE_CHECKING, Final
@@ -14,7 +15,8 @@ if TYPE_CHECKING:
 MOST_WAITING: Final = 2000
 """Entries that may wait to be written: about as many steps."""
 PATIENCE: Final = 30.0
-"""Seconds that the end of a run waits for what is left to be written."""
+"""Seconds that a state, or the end of a run, waits for what is left to be written."""
+_GLANCE: Final = 0.05
 
 
 class InBackground:
@@ -35,6 +37,7 @@ class InBackground:
         self._waiting: queue.Queue[Callable[[], None] | None] = queue.Queue(most_waiting)
         self._problem: Exception | None = None
         self._failed = False
+        self._is_stuck = False
         # A disk that does not answer must not keep the process from ending.
         self._thread = threading.Thread(target=self._work, name=f"log to {self.name}", daemon=True)
         self._thread.start()
@@ -47,18 +50,37 @@ class InBackground:
         """As :class:`LogTarget`."""
         self._tell(lambda: self._target.add_image(number, image, prompt=prompt, step=step))
 
+    def flush(self) -> None:
+        """As :class:`LogTarget`, within some time."""
+        written = threading.Event()
+
+        def write() -> None:
+            self._target.flush()
+            written.set()
+
+        self._tell(write)
+        until = time.monotonic() + self._patience
+        while not written.wait(_GLANCE):
+            if self._problem is not None:
+                raise self._problem
+            if time.monotonic() > until:
+                raise self._stuck()
+
     def close(self, *, failed: bool) -> None:
         """As :class:`LogTarget`, within some time."""
         self._failed = failed
-        if self._waiting.full():
-            # Given up before, because nothing is taken any more.
+        if self._is_stuck:
             return
         self._tell(None)
         self._thread.join(self._patience)
         if self._thread.is_alive():
-            raise TimeoutError(f"nothing was written for {self._patience:g} seconds")
+            raise self._stuck()
         if self._problem is not None:
             raise self._problem
+
+    def _stuck(self) -> TimeoutError:
+        self._is_stuck = True
+        return TimeoutError(f"nothing was written for {self._patience:g} seconds")
 
     def _tell(self, what: Callable[[], None] | None) -> None:
         if self._problem is not None:
@@ -66,6 +88,7 @@ class InBackground:
         try:
             self._waiting.put_nowait(what)
         except queue.Full:
+            self._is_stuck = True
             raise TimeoutError("writing it does not keep up with the run") from None
 
     def _work(self) -> None:

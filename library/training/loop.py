@@ -2,13 +2,11 @@
 
 import logging
 import random
-import signal
-import threading
 import time
-from collections.abc import Callable, Iterable, Iterator, Sequence
-from contextlib import contextmanager, nullcontext
+from collections.abc import Callable, Iterable, Sequence
+from contextlib import nullcontext
+from dataclasses import dataclass
 from itertools import islice
-from types import FrameType
 from typing import Any, Final
 
 import torch
@@ -22,6 +20,7 @@ from library.runtime import Runtime
 from library.training.method import Hook, MicroBatch, StepShape, TrainingMethod
 from library.training.optimizers import FOUND_RATE, learning_rates
 from library.training.progress import Moment, RunLength
+from library.training.signals import Interruption
 from library.training.tracking import LossAverage
 from library.training.updates import StepFacts, Update
 
@@ -29,42 +28,6 @@ log = logging.getLogger(__name__)
 
 MOST_SKIPPED: Final = 40
 """Steps in a row that may be left out: an fp16 scaler halves its scale, 2^16 to begin with, each time."""
-
-
-class Interruption:
-    """Notices the first Ctrl-C or SIGTERM, so that the step in progress is finished; the second one stops at once."""
-
-    def __init__(self) -> None:
-        self.signal: int | None = None
-
-    @property
-    def requested(self) -> bool:
-        """Whether this process was asked to stop."""
-        return self.signal is not None
-
-    @property
-    def exit_code(self) -> int:
-        """What a shell expects of a process ended by the signal; 0 when none came."""
-        return 128 + self.signal if self.signal is not None else 0
-
-    @contextmanager
-    def watched(self) -> Iterator["Interruption"]:
-        """Watch for signals inside the block; the former handlers come back afterwards."""
-        if threading.current_thread() is not threading.main_thread():
-            yield self
-            return
-        former = {number: signal.signal(number, self._notice) for number in (signal.SIGINT, signal.SIGTERM)}
-        try:
-            yield self
-        finally:
-            for number, handler in former.items():
-                signal.signal(number, handler)
-
-    def _notice(self, number: int, frame: FrameType | None) -> None:
-        if self.requested:
-            raise KeyboardInterrupt
-        self.signal = number
-        tqdm.write("stopping after this step; once more stops at once")
 
 
 def fit(
@@ -81,6 +44,7 @@ def fit(
     hooks: Sequence[Hook] = (),
     name_examples: Callable[[Sequence[int]], Sequence[str]] = lambda examples: list(map(str, examples)),
     interruption: Interruption | None = None,
+    losses: LossAverage | None = None,
 ) -> int:
     """Train from ``start_step`` to the end of the run, or until asked to stop.
 
@@ -97,7 +61,8 @@ def fit(
         start_step: Number of steps already done.
         hooks: Called in order after every step.
         name_examples: File names for the numbers of examples, for messages.
-        interruption: Asked after every step whether to stop.
+        interruption: Asked after every step whether to stop, or to save.
+        losses: The mean loss of the run so far.
 
     Returns:
         The number of finished steps; less than ``length.total_steps`` when interrupted.
@@ -106,7 +71,7 @@ def fit(
         UserError: The loss or the gradient is not finite, or always was where such steps are left out.
     """
     interruption = interruption or Interruption()
-    average = LossAverage()
+    average = losses or LossAverage()
     stream = iter(batches)
     progress = _progress_bar(length.total_steps, start_step, is_shown=runtime.is_main)
     step, left_out = start_step, _LeftOut()
@@ -123,7 +88,7 @@ def fit(
             assert micro_batches, "the plan promised more batches"
             assert {batch.step for batch in micro_batches} == {step}, "batches are not those of the step"
             with update.watching(step):
-                loss, stop = _accumulate(method.module, micro_batches, shape, runtime, interruption)
+                loss, asked = _accumulate(method.module, micro_batches, shape, runtime, interruption)
             rates = learning_rates(optimizer)
             names = _Names(name_examples, micro_batches)
             gradient_norm = update.apply(StepFacts(step=step, loss=loss, images=names))
@@ -142,14 +107,15 @@ def fit(
                 average_loss=average.value,
                 learning_rates=rates,
                 metrics={**metrics, **left_out.metrics, "gradient_norm": gradient_norm},
-                interrupted=stop,
+                interrupted=asked.stop,
+                save_requested=asked.save,
                 skipped=update.was_skipped,
             )
             progress.set_postfix(avr_loss=f"{average.value:.4f}", lr=_shown_rate(rates), refresh=False)
             progress.update()
             for hook in hooks:
                 hook(moment)
-            if stop:
+            if asked.stop:
                 break
     if left_out.total:
         log.info("steps left out because loss or gradient was not finite: %d of %d", left_out.total, step - start_step)
@@ -162,6 +128,14 @@ def _progress_bar(total: int, done: int, *, is_shown: bool) -> Any:
     bar._time = time.monotonic
     bar.start_t = bar.last_print_t = bar._time()
     return bar
+
+
+@dataclass(frozen=True, slots=True)
+class _Asked:
+    """What signals to any of the processes ask for."""
+
+    stop: bool
+    save: bool
 
 
 class _Names:
@@ -181,14 +155,14 @@ def _accumulate(
     shape: StepShape,
     runtime: Runtime,
     interruption: Interruption,
-) -> tuple[float, bool]:
+) -> tuple[float, _Asked]:
     """Add up the gradients of a step; gradients are exchanged between processes with the last micro-batch only.
 
     Returns:
-        The mean loss over the examples of all processes, and whether any process was asked to stop.
+        The mean loss over the examples of all processes, and what any of them was asked for.
     """
     accelerator = runtime.accelerator
-    total = torch.zeros(2, device=runtime.device)
+    total = torch.zeros(3, device=runtime.device)
     for index, batch in enumerate(micro_batches):
         last = index == len(micro_batches) - 1
         with nullcontext() if last else accelerator.no_sync(module):
@@ -200,9 +174,9 @@ def _accumulate(
             # DDP averages gradients over processes: times world makes the sum, and the step's mean is over examples.
             accelerator.backward(loss * (runtime.world / shape.examples))
         total[0] += loss.detach()
-    total[1] = float(interruption.requested)
-    total = accelerator.reduce(total, reduction="sum")
-    return float(total[0]) / shape.examples, bool(total[1] > 0)
+    total[1], total[2] = float(interruption.requested), float(interruption.take_save_request())
+    loss_sum, stop, save = accelerator.reduce(total, reduction="sum").tolist()
+    return loss_sum / shape.examples, _Asked(stop=stop > 0, save=save > 0)
 
 
 class _LeftOut:

@@ -1,5 +1,6 @@
 """Names of results and states, when they are due, and which older ones they replace."""
 
+import re
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Literal
@@ -15,15 +16,16 @@ class SavePoint:
     """One occasion to save.
 
     Attributes:
-        kind: After a number of epochs, after a number of steps, or at the end of the run.
-        number: The epoch (from 1) or the number of steps; 0 at the end.
+        kind: After a number of epochs, after a number of steps, at the end of the run, or because of the time.
+        number: The epoch (from 1) or the number of steps; 0 for the others.
     """
 
-    kind: Literal["epoch", "step", "last"]
+    kind: Literal["epoch", "step", "last", "timed"]
     number: int = 0
 
 
 END = SavePoint(kind="last")
+TIMED = SavePoint(kind="timed")
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -52,11 +54,19 @@ class OutputNames:
         """The same names, for the average of the weights: ``-ema`` stands before the suffix."""
         return replace(self, suffix=f"-ema{self.suffix}")
 
+    def owns(self, file: str) -> bool:
+        """Whether a file or folder of that name, directly below the folder, is one that such a run writes."""
+        numbered = r"-\d{6,}|-step\d{8,}|-timed"
+        stem = f"{re.escape(self.name)}({numbered})?" if self.name else r"(epoch-\d{6,}|at-step\d{8,}|timed|last|\w+)"
+        return re.fullmatch(rf"{stem}(-ema|-best|-report)?(-state|(\.\w+)*)", file) is not None
+
     def _stem(self, point: SavePoint) -> str:
         if point.kind == "epoch":
             return f"{self.name or 'epoch'}-{point.number:06d}"
         if point.kind == "step":
             return f"{self.name or 'at'}-step{point.number:08d}"
+        if point.kind == "timed":
+            return f"{self.name}-timed" if self.name else "timed"
         return self.name or "last"
 
 

@@ -27,7 +27,7 @@ LR_SCHEDULERS: Final = (
 )
 RELATIVE_STEP: Final = "adafactor"
 """The schedule that AdaFactor has of its own; it may be followed by a colon and the rate shown at first."""
-_SKIP = "starting at a chosen step"
+_AUTOMATIC: Final = Path("auto")
 _OFF: Final = {0: None}
 
 
@@ -255,6 +255,13 @@ class SaveOptions:
     )
     save_state: bool = option(False, help="Save, along with each file, a state that training can be resumed from.")
     save_state_on_train_end: bool = option(False, help="Save a state at the end of the run.")
+    save_state_every_minutes: float | None = option(
+        None,
+        minimum=0,
+        synonyms=_OFF,
+        metavar="M",
+        help="Save a state every M minutes, each in the place of the one before: what a long run loses at most.",
+    )
 
     def notices(self) -> list[str]:
         """How many of what is not saved in between are kept."""
@@ -318,12 +325,43 @@ class EmaOptions:
 class ResumeOptions:
     """Resuming."""
 
-    resume: Path | None = option(None, metavar="DIR", help="State folder to continue from, at the step it was saved.")
-    initial_epoch: int | None = option(None, minimum=1, metavar="N", later=_SKIP, help="Epoch (from 1) to begin with.")
-    initial_step: int | None = option(None, minimum=0, metavar="N", later=_SKIP, help="Step (from 0) to begin with.")
-    skip_until_initial_step: bool = option(
-        False, later=_SKIP, help="Pass over the data before the first step that is trained."
+    resume: Path | None = option(
+        None,
+        metavar="DIR",
+        help="State folder to continue from, at the step it was saved; 'auto' takes the newest whole one that a run "
+        "with this --output_name has left in --output_dir, and begins anew where there is none.",
     )
+    resume_allow_changes: bool = option(
+        False, help="Continue although options, data or model have changed since the state was saved."
+    )
+    initial_epoch: int | None = option(
+        None, minimum=1, metavar="N", help="Epoch (from 1) to begin with, whatever the state says."
+    )
+    initial_step: int | None = option(
+        None,
+        minimum=0,
+        metavar="N",
+        help="Step (from 0) to begin with, whatever the state says; wins over --initial_epoch.",
+    )
+    skip_until_initial_step: bool = option(
+        False,
+        help="Accepted for old command lines: a run that begins later always begins there in the data, too, and "
+        "passing over what comes before takes no time.",
+    )
+
+    @property
+    def is_automatic(self) -> bool:
+        """Whether the state to continue from is searched."""
+        return self.resume == _AUTOMATIC
+
+    def notices(self) -> list[str]:
+        """Which of two beginnings holds."""
+        found = []
+        if self.initial_step is not None and self.initial_epoch is not None:
+            found.append(f"--initial_step {self.initial_step} is where the run begins; --initial_epoch is not used")
+        if self.resume_allow_changes and self.resume is None:
+            found.append("without effect without --resume: --resume_allow_changes")
+        return found
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)

@@ -3,6 +3,7 @@
 import logging
 from collections.abc import Callable, Sequence
 from dataclasses import replace
+from glob import escape
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -17,7 +18,7 @@ from library.training.prompt_files import PreviewPrompt
 if TYPE_CHECKING:
     from PIL.Image import Image
 
-    from library.training.progress import Moment
+    from library.training.progress import Moment, RunLength
 
 logger = logging.getLogger(__name__)
 
@@ -62,27 +63,39 @@ class Previews:
         self._seed = seed
         self._is_main = is_main
         self._show = show
+        self._continued_at = continued_at
         self._grid = PreviewGrid(prompts)
         if prompts and continued_at and is_main:
             self._grid.add_files(self._folder, self._prefix, up_to=continued_at)
         self.written: list[Path] = []
 
-    def before_training(self) -> None:
-        """Make the images that show the model untrained, if they are asked for."""
-        if self._options.sample_at_first:
-            self.make("e000000", step=0)
+    def before_training(self, length: "RunLength") -> None:
+        """Make the images that are asked for before the first step: of the untrained model, or those that are missing.
+
+        A run that was stopped, or killed, at a step with previews has not made them.
+        """
+        step = self._continued_at
+        if step == 0:
+            occasion = "e000000" if self._options.sample_at_first else None
+        else:
+            ended = step % length.steps_per_epoch == 0
+            occasion = self._occasion(step, epoch=length.epoch_of(step - 1), epoch_ended=ended)
+        if occasion is not None and not (step and any(self._folder.glob(f"{escape(self._prefix)}{occasion}_*.png"))):
+            self.make(occasion, step=step)
 
     def __call__(self, moment: "Moment") -> None:
-        """Make the images that are due at ``moment``; a number of epochs wins over a number of steps."""
-        if moment.interrupted:
-            # Whoever stops a run waits for it.
-            return
+        """Make the images that are due at ``moment``."""
+        # Whoever stops a run waits for it.
+        occasion = self._occasion(moment.step, epoch=moment.epoch, epoch_ended=moment.epoch_ended)
+        if occasion is not None and not moment.interrupted:
+            self.make(occasion, step=moment.step)
+
+    def _occasion(self, step: int, *, epoch: int, epoch_ended: bool) -> str | None:
+        """What images after ``step`` steps are called; None where none are due. Epochs win over steps."""
         epochs, steps = self._options.sample_every_n_epochs, self._options.sample_every_n_steps
         if epochs:
-            if moment.epoch_ended and moment.epoch % epochs == 0:
-                self.make(f"e{moment.epoch:06d}", step=moment.step)
-        elif steps and moment.step % steps == 0:
-            self.make(f"{moment.step:06d}", step=moment.step)
+            return f"e{epoch:06d}" if epoch_ended and epoch % epochs == 0 else None
+        return f"{step:06d}" if steps and step % steps == 0 else None
 
     def make(self, occasion: str, *, step: int) -> None:
         """Make one image for each prompt; a prompt that fails is logged, and the others are made."""

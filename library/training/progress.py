@@ -45,6 +45,7 @@ class Moment:
         learning_rates: The rate the step used, by the name of the parameter group.
         metrics: Further figures to log, by tag.
         interrupted: The run was asked to stop and ends with this step.
+        save_requested: The run was asked to save now.
         skipped: Loss or gradient was not finite, and the weights stayed as they were.
     """
 
@@ -57,4 +58,5 @@ class Moment:
     learning_rates: dict[str, float]
     metrics: dict[str, float] = field(default_factory=dict)
     interrupted: bool = False
+    save_requested: bool = False
     skipped: bool = False

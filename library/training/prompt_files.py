@@ -145,6 +145,12 @@ def load_prompts(
     return tuple(prompts)
 
 
+def as_table(prompt: PreviewPrompt) -> dict[str, object]:
+    """A prompt as a JSON file holds it."""
+    found = {setting.key: getattr(prompt, setting.field) for setting in _SETTINGS}
+    return {key: value for key, value in found.items() if value is not None}
+
+
 def _read(path: Path) -> str:
     try:
         return path.read_text(encoding="utf-8-sig")

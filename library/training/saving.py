@@ -1,16 +1,17 @@
 """Hooks that save: the model so far, and the state of the run."""
 
 import logging
-import shutil
 import struct
+import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 from library.disk_space import CannotWriteError, room_for
-from library.files import read_header
+from library.files import discard, read_header
 from library.training.best import BestModel
-from library.training.naming import END, OutputNames, SavePlan, SavePoint, finished_epochs
+from library.training.naming import END, TIMED, OutputNames, SavePlan, SavePoint, finished_epochs
+from library.training.options import SaveOptions
 from library.training.privacy import shown_path
 from library.training.rescue import Keep, keep_or_fail
 from library.training.states import TrainingState, write_state
@@ -22,6 +23,8 @@ if TYPE_CHECKING:
 logger = logging.getLogger(__name__)
 
 SaveModel = Callable[[Path, int, int], None]
+Saved = Callable[[Path, int, int], None]
+"""Told of what is complete under its name, with the finished steps and epochs."""
 CaptureState = Callable[[int, int], TrainingState]
 
 
@@ -36,6 +39,7 @@ class ModelSaver:
         best: Told of every saved model; the best one is not removed.
         weights: What is saved, as :class:`BestModel` calls it.
         uploads: Told of every saved model.
+        saved: Told of every saved model.
         keep: Writes below the folder of the results, or sees to what follows from its failing.
     """
 
@@ -49,6 +53,7 @@ class ModelSaver:
         best: BestModel | None = None,
         weights: str = "model",
         uploads: Uploads | None = None,
+        saved: Saved | None = None,
         keep: Keep = keep_or_fail,
     ) -> None:
         self._plan = plan
@@ -58,8 +63,14 @@ class ModelSaver:
         self._best = best
         self._weights = weights
         self._uploads = uploads
+        self._saved = saved
         self._keep = keep
         self.last_saved: Path | None = None
+
+    @property
+    def has_ended(self) -> bool:
+        """Whether the final model is there."""
+        return self._names.model(END).exists()
 
     def __call__(self, moment: "Moment") -> None:
         """Save what is due at ``moment``."""
@@ -93,6 +104,8 @@ class ModelSaver:
         if path is None:
             return
         self.last_saved = path
+        if self._saved is not None:
+            self._saved(path, step, epoch)
         if self._uploads is not None:
             self._uploads.add(path)
         if path.parent != self._names.folder:
@@ -111,16 +124,19 @@ class ModelSaver:
 
 
 class StateSaver:
-    """The hook that writes states: together with models, or only at the end.
+    """The hook that writes states: together with models, only at the end, or after some time.
 
     Args:
         plan: When to save and what stays.
         names: Names of the folders.
         capture: ``capture(step, epoch)`` gives the state of the run.
-        every_time: Save whenever the plan says so; otherwise only at the end.
+        options: Which of the plan's occasions are used, and after how many minutes a state is saved anyway.
+        before: Called before a state is saved: what it is to be continued with must be on the disk by then.
         is_main: Only the main process writes.
         uploads: Told of every saved state.
+        saved: Told of every saved state.
         keep: As for models.
+        clock: Seconds, whatever the time of day does; for tests.
     """
 
     def __init__(
@@ -128,26 +144,47 @@ class StateSaver:
         plan: SavePlan,
         names: OutputNames,
         capture: CaptureState,
+        options: SaveOptions,
         *,
-        every_time: bool,
+        before: Callable[[], None] = lambda: None,
         is_main: bool = True,
         uploads: Uploads | None = None,
+        saved: Saved | None = None,
         keep: Keep = keep_or_fail,
+        clock: Callable[[], float] = time.monotonic,
     ) -> None:
         self._plan = plan
         self._names = names
         self._capture = capture
-        self._every_time = every_time
+        self._options = options
+        self._before = before
         self._is_main = is_main
         self._uploads = uploads
+        self._saved = saved
         self._keep = keep
+        self._clock = clock
+        self._since = clock()
         self.last_saved: Path | None = None
+
+    @property
+    def has_ended(self) -> bool:
+        """Whether the final state is there, or none is asked for."""
+        return not self._at_end or self._names.state(END).exists()
+
+    @property
+    def _at_end(self) -> bool:
+        return self._options.save_state or self._options.save_state_on_train_end
 
     def __call__(self, moment: "Moment") -> None:
         """Save what is due at ``moment``."""
-        for point in self._plan.due(moment):
-            if self._every_time or point == END:
-                self.save(point, step=moment.step, epoch=moment.epoch, last=point == END)
+        due = [
+            point for point in self._plan.due(moment) if (self._at_end if point == END else self._options.save_state)
+        ]
+        minutes = self._options.save_state_every_minutes
+        if not due and not moment.finished and minutes is not None and self._clock() - self._since >= 60 * minutes:
+            due = [TIMED]
+        for point in due:
+            self.save(point, step=moment.step, epoch=moment.epoch, last=point == END)
 
     def save(self, point: SavePoint = END, *, step: int, epoch: int, last: bool = True) -> None:
         """Save the state under the name of ``point``, then remove the one it replaces.
@@ -163,6 +200,7 @@ class StateSaver:
         """
         if not self._is_main:
             return
+        self._before()
 
         def write(folder: Path) -> Path:
             path = folder / self._names.state(point).name
@@ -174,6 +212,9 @@ class StateSaver:
         if path is None:
             return
         self.last_saved = path
+        self._since = self._clock()
+        if self._saved is not None:
+            self._saved(path, step, epoch)
         if self._uploads is not None:
             self._uploads.add(path)
         outdated = self._plan.outdated(point) if path.parent == self._names.folder else None
@@ -206,9 +247,6 @@ def _remove(path: Path, message: str, uploads: Uploads | None = None) -> None:
         return
     logger.info(message, shown_path(path))
     try:
-        if path.is_dir():
-            shutil.rmtree(path)
-        else:
-            path.unlink()
+        discard(path)
     except OSError as error:
         logger.warning("%s could not be removed: %s", shown_path(path), error.strerror or error)

@@ -112,10 +112,11 @@ def _rehearse(factory: Any, arguments: Mapping[str, Any], optimizer: "torch.opti
 
     weight = torch.zeros(1)
     groups = [{**group, "params": [weight.clone()]} for group in optimizer.param_groups]
-    _advance(factory(torch.optim.Optimizer(groups, dict(optimizer.defaults)), **arguments), total_steps)
+    advance(factory(torch.optim.Optimizer(groups, dict(optimizer.defaults)), **arguments), total_steps)
 
 
-def _advance(schedule: Any, steps: int) -> None:
+def advance(schedule: Any, steps: int) -> None:
+    """Let ``schedule`` pass ``steps`` steps that were made elsewhere."""
     with warnings.catch_warnings():
         # It is not told of steps that an optimizer has made elsewhere.
         warnings.filterwarnings("ignore", message="Detected call of `lr_scheduler.step")
@@ -124,25 +125,26 @@ def _advance(schedule: Any, steps: int) -> None:
 
 
 def restore_schedule(
-    optimizer: Any, schedule: Any, saved: Mapping[str, Any], fresh: Sequence[Mapping[str, Any]]
+    optimizer: Any, schedule: Any, saved: Mapping[str, Any] | None, fresh: Sequence[Mapping[str, Any]], *, at: int
 ) -> None:
     """Put ``schedule`` where ``saved`` left it; one of another kind goes as many steps as that had gone.
 
     Args:
         optimizer: The optimizer, restored.
         schedule: The new schedule.
-        saved: ``state_dict`` of the former one.
+        saved: ``state_dict`` of the former one; None where the new one is to be gone through.
         fresh: The groups of the optimizer as the new schedule made them, without ``params``.
+        at: Steps that were made.
     """
     for group, before in zip(optimizer.param_groups, fresh, strict=True):
         for name, value in before.items():
             group.setdefault(name, value)
-    if saved.keys() == schedule.state_dict().keys():
+    if saved is not None and saved.keys() == schedule.state_dict().keys():
         schedule.load_state_dict(dict(saved))
         return
     for group, before in zip(optimizer.param_groups, fresh, strict=True):
         group.update({name: before[name] for name in ("lr", "initial_lr")})
-    _advance(schedule, saved["last_epoch"])
+    advance(schedule, at)
 
 
 def use_rates(optimizer: Any, schedule: Any, rates: Sequence[float]) -> None:

@@ -5,11 +5,13 @@ kept. Its manifest, written last, lists size and hash of every file; a folder wi
 """
 
 import json
+import logging
 import os
 import pickle
 import shutil
 import uuid
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Final
@@ -17,11 +19,12 @@ from typing import TYPE_CHECKING, Any, Final
 from library.disk_space import room_for
 from library.errors import Problem, UserError, raise_if_any
 from library.files import read_tensors, sha256_of_file, sync_folder, write_json, write_tensors, written_whole
-from library.training.privacy import shareable
-from library.training.schedule_classes import restore_schedule, use_rates
+from library.training.clock import now
 
 if TYPE_CHECKING:
     from torch import Tensor
+
+log = logging.getLogger(__name__)
 
 MANIFEST: Final = "manifest.json"
 MODEL: Final = "model.safetensors"
@@ -32,19 +35,15 @@ EMA: Final = "ema.safetensors"
 PROGRESS: Final = "train_state.json"
 FINGERPRINT: Final = "fingerprint.json"
 
+_RANDOM: Final = "random_states_0.pkl"
+"""Accelerate always writes it, and this program never does."""
+_MODELS: Final = ((MODEL, "model_1.safetensors"), ("pytorch_model.bin", "pytorch_model_1.bin"))
+
 _FORMAT: Final = 1
 _EMA_UPDATES: Final = "updates"
 _NEEDED: Final = (MODEL, OPTIMIZER, SCHEDULER, PROGRESS, FINGERPRINT)
 _WRITING: Final = ".writing-"
 _REPLACED: Final = ".replaced-"
-# What neither data nor mathematics of a run depend on, and every run may change. A cache holds what would be encoded.
-_FREE_OPTIONS: Final = (
-    "async_", "cache_latents", "console_", "ema_device", "ema_previews", "ema_save", "huggingface_", "initial_",
-    "log_", "logging_dir", "max_data_loader_n_workers", "max_validation_steps", "metadata_", "no_metadata", "no_report",
-    "on_nonfinite", "output_", "persistent_", "resume", "sample_", "save_", "skip_cache_check",
-    "skip_until_initial_step", "tokenizer_cache_dir", "training_comment", "use_safetensors", "vae_batch_size",
-    "validate_", "wandb_",
-)  # fmt: skip
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -55,41 +54,27 @@ class TrainingState:
         step: Number of finished optimizer steps.
         epoch: The epoch, from 1, of the last finished step.
         tensors: What training changes, by name.
-        optimizer: ``state_dict`` of the optimizer.
-        scheduler: ``state_dict`` of the learning-rate schedule.
+        optimizer: ``state_dict`` of the optimizer; None where it begins anew.
+        scheduler: ``state_dict`` of the learning-rate schedule; None where it is to be gone through.
         scaler: ``state_dict`` of the gradient scaler, if there is one.
         ema: Average of the trained weights by name, if one is kept.
         ema_updates: Optimizer steps that the average has taken in.
-        fingerprint: What the run was made of, see :func:`fingerprint`.
+        losses: The mean loss so far, as :class:`library.training.tracking.LossAverage` keeps it.
+        log: Where the run is logged, as :class:`library.training.tracking.Tracker` tells it.
+        fingerprint: What the run was made of, see :func:`library.training.fingerprint.fingerprint`.
     """
 
     step: int
     epoch: int
     tensors: "Mapping[str, Tensor]"
-    optimizer: Mapping[str, Any]
-    scheduler: Mapping[str, Any]
+    optimizer: Mapping[str, Any] | None
+    scheduler: Mapping[str, Any] | None
     scaler: Mapping[str, Any] | None = None
     ema: "Mapping[str, Tensor] | None" = None
     ema_updates: int = 0
+    losses: Mapping[str, Any] = field(default_factory=dict)
+    log: Mapping[str, str] = field(default_factory=dict)
     fingerprint: Mapping[str, Any] = field(default_factory=dict)
-
-
-def fingerprint(options: Mapping[str, object], data: str) -> dict[str, object]:
-    """What a run is made of, without secrets and paths: its option values, and ``data``, a digest of its data set."""
-    return {"options": json.loads(json.dumps(shareable(options), default=str)), "data": data}
-
-
-def fingerprint_differences(saved: Mapping[str, Any], current: Mapping[str, Any]) -> tuple[str, ...]:
-    """What of a run changed since a state was saved, one line each; saving, previews and logs may change freely."""
-    before, now = saved.get("options", {}), current.get("options", {})
-    changed = [
-        f"{name}: {before.get(name)!r} -> {now.get(name)!r}"
-        for name in sorted({*before, *now})
-        if before.get(name) != now.get(name) and not name.startswith(_FREE_OPTIONS)
-    ]
-    if saved.get("data") != current.get("data"):
-        changed.append("the images or captions")
-    return tuple(changed)
 
 
 def write_state(folder: Path, state: TrainingState) -> None:
@@ -134,6 +119,8 @@ def _tensors_in(content: Any) -> "Iterator[Tensor]":
 
 
 def _write_contents(folder: Path, state: TrainingState) -> None:
+    assert state.optimizer is not None, "a run has one"
+    assert state.scheduler is not None, "a run has one"
     write_tensors(folder / MODEL, state.tensors)
     _write_pickle(folder / OPTIMIZER, state.optimizer)
     _write_pickle(folder / SCHEDULER, state.scheduler)
@@ -141,7 +128,8 @@ def _write_contents(folder: Path, state: TrainingState) -> None:
         _write_pickle(folder / SCALER, state.scaler)
     if state.ema is not None:
         write_tensors(folder / EMA, state.ema, metadata={_EMA_UPDATES: str(state.ema_updates)})
-    write_json(folder / PROGRESS, {"current_epoch": state.epoch, "current_step": state.step})
+    place = {"current_epoch": state.epoch, "current_step": state.step}
+    write_json(folder / PROGRESS, {**place, "saved_at": now(), "losses": state.losses, "log": state.log})
     write_json(folder / FINGERPRINT, state.fingerprint)
     files = {
         path.name: {"size": path.stat().st_size, "sha256": sha256_of_file(path)} for path in sorted(folder.iterdir())
@@ -172,20 +160,52 @@ def _recover(folder: Path) -> None:
     """Undo a replacement that was cut off between its two renames; finish one that was cut off after them."""
     replaced = folder.with_name(_REPLACED + folder.name)
     if replaced.is_dir() and not folder.exists():
-        os.replace(replaced, folder)
+        # Another process of the run may have been quicker.
+        with suppress(FileNotFoundError):
+            os.replace(replaced, folder)
     shutil.rmtree(replaced, ignore_errors=True)
 
 
 def find_states(folder: Path) -> list[Path]:
-    """The states directly below ``folder`` whose files are all there, in the order of their steps."""
+    """The states directly below ``folder`` whose files are all there, in the order in which they were saved."""
     if not folder.is_dir():
         return []
+    for cut_off in folder.glob(f"{_REPLACED}*-state"):
+        _recover(cut_off.with_name(cut_off.name.removeprefix(_REPLACED)))
     found = [
         path
         for path in sorted(folder.iterdir())
         if path.is_dir() and not path.name.startswith((_WRITING, _REPLACED)) and not _incompleteness(path)
     ]
-    return sorted(found, key=lambda path: _read_json(path / PROGRESS).get("current_step", 0))
+    return sorted(found, key=_age)
+
+
+def _age(folder: Path) -> tuple[float, int]:
+    """When a state was saved, and after how many steps."""
+    progress = read_json(folder / PROGRESS)
+    return float(progress.get("saved_at", 0)), int(progress.get("current_step", 0))
+
+
+def newest_state(folder: Path, belongs: Callable[[str], bool]) -> Path | None:
+    """The newest whole state directly below ``folder`` whose name ``belongs``; None without any.
+
+    Every file is read and compared with its hash: the state is one to rely on.
+    """
+    for path in reversed(find_states(folder)):
+        if not belongs(path.name):
+            continue
+        damage = _damage(path)
+        if not damage:
+            return path
+        log.warning("passing over a state: %s", damage[0].what)
+    return None
+
+
+def seed_of(folder: Path) -> int | None:
+    """The seed of the run that the state in ``folder`` is of; None where it does not say."""
+    options = read_json(folder / FINGERPRINT).get("options")
+    seed = options.get("seed") if isinstance(options, dict) else None
+    return seed if isinstance(seed, int) else None
 
 
 def check_state(folder: Path) -> list[Problem]:
@@ -196,13 +216,28 @@ def check_state(folder: Path) -> list[Problem]:
         return [
             Problem(f"the state {folder.name} {what}", where=f"--resume {folder}", remedy=_states_nearby(folder.parent))
         ]
-    reason = _incompleteness(folder)
+    reason = _foreign_objection(folder) if is_foreign(folder) else _incompleteness(folder)
     return [_not_a_state(folder, reason)] if reason else []
+
+
+def is_foreign(folder: Path) -> bool:
+    """Whether ``folder`` is a state that another program has saved with Accelerate."""
+    return (folder / _RANDOM).is_file() and not (folder / MANIFEST).exists()
+
+
+def model_files(folder: Path) -> list[Path]:
+    """The model files in a state of another program, in their order."""
+    return next((found for names in _MODELS if (found := [folder / n for n in names if (folder / n).is_file()])), [])
+
+
+def _foreign_objection(folder: Path) -> str | None:
+    """Why nothing can be taken from a state of another program; None where something can."""
+    return None if model_files(folder) else f"missing: {_MODELS[0][0]}"
 
 
 def _incompleteness(folder: Path) -> str | None:
     """Why ``folder`` is no complete state, by names and sizes; None when it is one."""
-    manifest = _read_json(folder / MANIFEST)
+    manifest = read_json(folder / MANIFEST)
     if not manifest:
         return f"it has no readable {MANIFEST}"
     files = _listed_files(manifest)
@@ -217,7 +252,7 @@ def _incompleteness(folder: Path) -> str | None:
 
 def files_of(folder: Path) -> list[str]:
     """Names of the files that the manifest in ``folder`` lists; none without a manifest."""
-    return list(_listed_files(_read_json(folder / MANIFEST)))
+    return list(_listed_files(read_json(folder / MANIFEST)))
 
 
 def _listed_files(manifest: Mapping[str, Any]) -> dict[str, dict[str, Any]]:
@@ -233,14 +268,12 @@ def _damage(folder: Path) -> list[Problem]:
     reason = _incompleteness(folder)
     if reason:
         return [_not_a_state(folder, reason)]
-    files = _listed_files(_read_json(folder / MANIFEST))
+    files = _listed_files(read_json(folder / MANIFEST))
     damaged = [name for name, facts in files.items() if sha256_of_file(folder / name) != facts.get("sha256")]
     return [_not_a_state(folder, f"damaged: {', '.join(damaged)}")] if damaged else []
 
 
 def _not_a_state(folder: Path, reason: str) -> Problem:
-    if (folder / "random_states_0.pkl").exists():
-        reason += "; it seems to be a state of another program, which does not say where in the data it stopped"
     below = find_states(folder)
     return Problem(
         f"{folder.name or folder} is not a complete state ({reason})",
@@ -256,7 +289,7 @@ def _states_nearby(folder: Path) -> str:
     return "Complete states there: " + ", ".join(str(folder / state.name) for state in states) + "."
 
 
-def _read_json(path: Path) -> dict[str, Any]:
+def read_json(path: Path) -> dict[str, Any]:
     """The object in a JSON file; empty where there is none."""
     try:
         content = json.loads(path.read_text(encoding="utf-8"))
@@ -273,23 +306,25 @@ def read_state(folder: Path) -> TrainingState:
     """
     raise_if_any(check_state(folder))
     raise_if_any(_damage(folder))
-    progress = _read_json(folder / PROGRESS)
+    progress = read_json(folder / PROGRESS)
     scaler = folder / SCALER
     average = read_tensors(folder / EMA) if (folder / EMA).exists() else None
     return TrainingState(
         step=int(progress["current_step"]),
         epoch=int(progress["current_epoch"]),
         tensors=read_tensors(folder / MODEL).tensors,
-        optimizer=_read_pickle(folder / OPTIMIZER),
-        scheduler=_read_pickle(folder / SCHEDULER),
-        scaler=_read_pickle(scaler) if scaler.exists() else None,
+        optimizer=read_pickle(folder / OPTIMIZER),
+        scheduler=read_pickle(folder / SCHEDULER),
+        scaler=read_pickle(scaler) if scaler.exists() else None,
         ema=average.tensors if average else None,
         ema_updates=int(average.metadata[_EMA_UPDATES]) if average else 0,
-        fingerprint=_read_json(folder / FINGERPRINT),
+        losses=progress.get("losses", {}),
+        log=progress.get("log", {}),
+        fingerprint=read_json(folder / FINGERPRINT),
     )
 
 
-def _read_pickle(path: Path) -> dict[str, Any]:
+def read_pickle(path: Path) -> dict[str, Any]:
     """A stored ``state_dict``; anything beyond tensors and plain values is refused."""
     import torch
 
@@ -301,56 +336,3 @@ def _read_pickle(path: Path) -> dict[str, Any]:
         ) from error
     assert isinstance(content, dict), "a state_dict is a dictionary"
     return content
-
-
-def restore(state: TrainingState, *, optimizer: Any, scheduler: Any, scaler: Any = None) -> None:
-    """Put optimizer, schedule and scaler where ``state`` left them; its tensors are the method's to load.
-
-    The learning rates are those of this run, at the step of the state: a changed one holds from here on.
-
-    Raises:
-        UserError: The state belongs to a run with other parameters.
-    """
-    rates = list(scheduler.base_lrs)
-    fresh = [{name: value for name, value in group.items() if name != "params"} for group in optimizer.param_groups]
-    raise_if_any(_other_optimizer(optimizer, state.optimizer))
-    try:
-        optimizer.load_state_dict(dict(state.optimizer))
-        _keep_dtypes(optimizer, state.optimizer)
-        restore_schedule(optimizer, scheduler, state.scheduler, fresh)
-        if scaler is not None and state.scaler is not None:
-            scaler.load_state_dict(dict(state.scaler))
-    except (ValueError, KeyError, RuntimeError) as error:
-        raise UserError(
-            f"the state does not fit this run: {error}",
-            where="--resume",
-            remedy="Continue with the network, the optimizer and the trained parts the state was saved with.",
-        ) from error
-    use_rates(optimizer, scheduler, rates)
-
-
-def _other_optimizer(optimizer: Any, saved: Mapping[str, Any]) -> list[Problem]:
-    """The settings of an optimizer are in its groups; one of another kind lacks some."""
-    names = set().union(*saved.get("param_groups", [{}]))
-    settings = set(optimizer.defaults).intersection(*optimizer.param_groups)
-    missing = sorted(settings - names - {"lr"})
-    if not missing:
-        return []
-    return [
-        Problem(
-            f"the state is one of another optimizer: it lacks {', '.join(missing)}",
-            where="--resume, --optimizer_type",
-            remedy="Continue with the optimizer that the state was saved with.",
-        )
-    ]
-
-
-def _keep_dtypes(optimizer: Any, saved: Mapping[str, Any]) -> None:
-    """Give state tensors the dtype they were saved in: torch casts them to that of their parameter while loading."""
-    parameters = [parameter for group in optimizer.param_groups for parameter in group["params"]]
-    for number, entries in saved["state"].items():
-        state = optimizer.state.get(parameters[number], {})
-        for name, value in entries.items():
-            present = state.get(name)
-            if hasattr(value, "dtype") and hasattr(present, "dtype") and present.dtype != value.dtype:
-                state[name] = value.to(present.device)

@@ -48,6 +48,15 @@ class LossAverage:
             self._losses[step] = loss
             self._total += loss
 
+    def state_dict(self) -> dict[str, Any]:
+        """What :meth:`load_state_dict` goes on with."""
+        return {"total": self._total, "losses": {str(step): loss for step, loss in self._losses.items()}}
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        """Go on where ``state`` was taken; an empty one changes nothing."""
+        self._losses = {int(step): float(loss) for step, loss in state.get("losses", {}).items()}
+        self._total = float(state.get("total", 0.0))
+
     @property
     def value(self) -> float:
         """The mean; NaN before the first loss."""
@@ -69,6 +78,8 @@ class _FurtherTags:
     epoch: str | None = None
 
 
+_SESSION: Final = "session"
+_ONLINE: Final = "wandb"
 _FULL: Final = _FurtherTags(loss="loss", epoch="loss/epoch")
 _FURTHER_TAGS: Final[Mapping[str, _FurtherTags]] = MappingProxyType(
     {
@@ -92,6 +103,12 @@ class Tracker:
         is_main: Only the main process writes.
         more: Further places to log to.
         speed: Measures the steps.
+        former: Where an earlier part of the run was logged, as its ``place`` told; the log goes on there if it can.
+        continued_at: Steps of that part.
+
+    Attributes:
+        folder: That of the event files; None where there are none.
+        place: Where the run is logged, without paths.
 
     Raises:
         UserError: A log cannot be begun.
@@ -106,8 +123,11 @@ class Tracker:
         is_main: bool = True,
         more: Sequence[LogTarget] = (),
         speed: Speed | None = None,
+        former: Mapping[str, str] = MappingProxyType({}),
+        continued_at: int = 0,
     ) -> None:
         self.folder: Path | None = None
+        self.place: dict[str, str] = {}
         self._further = _FURTHER_TAGS.get(tracker_name, _FurtherTags())
         self._step = 0
         self._speed = speed
@@ -121,25 +141,34 @@ class Tracker:
         settings = tracker_settings(options)
         session: Path | None = None
         if options.logging_dir is not None:
-            session = options.logging_dir / ((options.log_prefix or "") + time.strftime("%Y%m%d%H%M%S"))
+            session = _session(options.logging_dir, options.log_prefix or "", former.get(_SESSION))
+            self.place[_SESSION] = session.name
         if "tensorboard" in options.targets and session is not None:
             self.folder = session / name
             text = None if shown is None else _as_text(shown)
-            self._begin_tensorboard(self.folder, settings["tensorboard"], text)
+            after = continued_at if former.get(_SESSION) == session.name else None
+            self._begin_tensorboard(self.folder, settings["tensorboard"], text, after)
         if "wandb" in options.targets:
-            self._targets.append(
-                WandbLog(
-                    project=name,
-                    folder=session,
-                    settings=settings["wandb"],
-                    api_key=options.wandb_api_key,
-                    config=shown,
-                )
+            online = WandbLog(
+                project=name,
+                folder=session,
+                settings=settings["wandb"],
+                api_key=options.wandb_api_key,
+                config=shown,
+                former=former.get(_ONLINE),
             )
+            self.place[_ONLINE] = online.number
+            self._targets.append(online)
 
-    def _begin_tensorboard(self, folder: Path, settings: Mapping[str, Any], text: str | None) -> None:
+    def flush(self) -> None:
+        """Write what has been logged so far."""
+        self._tell(lambda target: target.flush())
+
+    def _begin_tensorboard(
+        self, folder: Path, settings: Mapping[str, Any], text: str | None, continued_at: int | None
+    ) -> None:
         try:
-            self._targets.append(InBackground(TensorBoardLog(folder, settings, text)))
+            self._targets.append(InBackground(TensorBoardLog(folder, settings, text, continued_at=continued_at)))
             logger.info("logging to %s", shown_path(folder))
         except OSError as problem:
             self._give_up(TensorBoardLog.name, problem)
@@ -210,6 +239,13 @@ class Tracker:
 
 def _reason(problem: Exception) -> str:
     return str(getattr(problem, "strerror", None) or problem)
+
+
+def _session(folder: Path, prefix: str, former: str | None) -> Path:
+    """The folder of this run's logs: that of its earlier part where it is still there, a new one otherwise."""
+    if former is not None and (folder / Path(former).name).is_dir():
+        return folder / Path(former).name
+    return folder / (prefix + time.strftime("%Y%m%d%H%M%S"))
 
 
 def _as_text(config: Mapping[str, object]) -> str:

@@ -58,4 +58,5 @@ def alone(folder: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 
 
 def names(folder: Path) -> set[str]:
-    return set(os.listdir(folder))
+    """What lies in ``folder``, but for the manifests of runs."""
+    return {name for name in os.listdir(folder) if not name.endswith(".run.json")}

@@ -35,11 +35,14 @@ def test_the_exit_code_is_what_main_returns(returned: int | None, code: int) -> 
     assert exit_code(lambda argv: returned) == code
 
 
-def test_a_keyboard_interrupt_ends_quietly(capsys: pytest.CaptureFixture[str]) -> None:
+@pytest.mark.parametrize(("arguments", "code"), [((), 130), ((143,), 143)])
+def test_an_interruption_ends_quietly(
+    arguments: tuple[int, ...], code: int, capsys: pytest.CaptureFixture[str]
+) -> None:
     def main(argv: list[str]) -> int:
-        raise KeyboardInterrupt
+        raise KeyboardInterrupt(*arguments)
 
-    assert exit_code(main) == 130
+    assert exit_code(main) == code
     assert "Traceback" not in capsys.readouterr().err
 
 

@@ -4,6 +4,7 @@ import hashlib
 import json
 import os
 import pickle
+import shutil
 import struct
 import sys
 import types
@@ -14,12 +15,14 @@ import torch
 
 from library.errors import UserError
 from library.files import (
+    discard,
     folder_written_whole,
     legacy_hash_of_file,
     read_header,
     read_metadata,
     read_tensors,
     sha256_of_file,
+    sweep,
     tensor_hashes,
     write_json,
     write_tensors,
@@ -324,3 +327,30 @@ def test_file_hashes(tmp_path: Path) -> None:
     path.write_bytes(bytes(0x100000) + b"q" * 0x20000)
     assert legacy_hash_of_file(path) == hashlib.sha256(b"q" * 0x10000).hexdigest()[:8]
     assert sha256_of_file(path) == hashlib.sha256(path.read_bytes()).hexdigest()
+
+
+def test_what_killed_processes_left_is_mended(tmp_path: Path) -> None:
+    """Files in the making, also within others in the making, go; a replacement cut off is undone; others stay."""
+    (tmp_path / ".writing-0123abcd-run.safetensors").touch()
+    (tmp_path / ".writing-0123abcd-.writing-89ab4567-run.safetensors").touch()
+    (tmp_path / ".writing-0123abcd-run-state").mkdir()
+    (tmp_path / ".replaced-run-state").mkdir()
+    (tmp_path / ".replaced-run-state" / "x").write_text("former")
+    (tmp_path / ".writing-0123abcd-other.safetensors").touch()
+    (tmp_path / ".hidden-run").touch()
+    sweep(tmp_path, lambda name: name.startswith("run"))
+    left = {path.relative_to(tmp_path).as_posix() for path in tmp_path.rglob("*")}
+    assert left == {"run-state", "run-state/x", ".writing-0123abcd-other.safetensors", ".hidden-run"}
+    sweep(tmp_path / "nowhere", lambda name: True)
+
+
+def test_a_folder_that_is_removed_is_never_there_in_part(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    folder = tmp_path / "run-state"
+    folder.mkdir()
+    (folder / "x").touch()
+    monkeypatch.setattr(shutil, "rmtree", lambda path: pytest.fail("killed") if path == folder else None)
+    discard(folder)
+    assert not folder.exists()
+    (tmp_path / "file").touch()
+    discard(tmp_path / "file")
+    assert not (tmp_path / "file").exists()

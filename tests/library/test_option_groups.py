@@ -38,12 +38,15 @@ OURS = {
     "vae_tiling",
     "no_report",
     "on_nonfinite",
+    "no_manifest",
     "channels_last",
     "tf32",
     "timestep_distribution",
     "timestep_logit_mean",
     "timestep_logit_std",
     "timestep_snr_gamma",
+    "resume_allow_changes",
+    "save_state_every_minutes",
 }
 
 # What the reference has for its network script alone, and every script of ours can do or refuses.

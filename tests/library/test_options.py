@@ -97,8 +97,7 @@ ARG_CASES = json.loads((GOLDEN / "arg_checks.json").read_text())["cases"]
 @pytest.mark.parametrize("case", ARG_CASES, ids=lambda case: " ".join(case["args"]))
 def test_arg_checks_golden(case):
     if "error" in case:
-        (problem,) = problems_of(*case["args"])
-        assert "not available yet" not in problem.what
+        assert len(problems_of(*case["args"])) == 1
         return
     values = flat_values(parse(*case["args"]))
     for key, expected in case.items():
@@ -136,11 +135,6 @@ def test_ambiguous_prefix_lists_candidates():
         (["--output_name", "my", "lora"], "'lora' belongs to no option", "quotes"),
         (["-seed", "3"], "'-seed 3' belongs to no option", "two dashes"),
         (["--loss_type", "hubert"], "--loss_type allows l1, l2, huber, smooth_l1", "Did you mean huber?"),
-        (
-            ["--initial_epoch", "2"],
-            "--initial_epoch is not available yet (starting at a chosen step)",
-            "Leave --initial_epoch out.",
-        ),
         (["--log_with", "tensorboard"], "--log_with tensorboard needs a folder", "Add --logging_dir FOLDER."),
         (["--output_config"], "--output_config needs", "--config_file"),
     ],
@@ -156,10 +150,6 @@ def test_given_twice_is_told_and_the_last_holds():
     notices = []
     assert parse("--seed", 1, "--seed", 2, notices=notices).runtime.seed == 2
     assert notices == ["--seed is given more than once; the last one holds"]
-
-
-def test_value_that_is_the_default_is_no_later_value():
-    assert parse("--zero_stage", 2, "--no-deepspeed", "--dynamo_backend", "inductor").deepspeed.zero_stage == 2
 
 
 def test_secret_is_never_shown():
@@ -299,7 +289,7 @@ def strategy_for(item: Declared):
         Path: text.filter(lambda name: "\0" not in name).map(Path),
     }
     if item.facts.choices is not None:
-        return st.sampled_from([c for c in item.facts.choices if c not in (item.facts.later_values or {})])
+        return st.sampled_from(item.facts.choices)
     kind = str(item.type)
     if "tuple[int, int]" in kind:
         return st.tuples(st.integers(8, 4096), st.integers(8, 4096))
@@ -329,7 +319,7 @@ RELATED = {
     *("huggingface_repo_id", "huggingface_repo_type", "huggingface_path_in_repo"),
     *SECRET_KEYS,
 }
-FREE = {name: item for name, item in declarations(Options).items() if name not in RELATED and item.facts.later is None}
+FREE = {name: item for name, item in declarations(Options).items() if name not in RELATED}
 
 
 @settings(max_examples=60, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
@@ -362,7 +352,7 @@ def run(*argv):
 def test_help_is_grouped_and_light():
     text = run("--help").stdout
     assert text.splitlines()[-1] == "[]"
-    for expected in ("Captions:", "Optimizer:", "--learning_rate RATE", "[default: 2e-06]", "[not available yet]"):
+    for expected in ("Captions:", "Optimizer:", "--learning_rate RATE", "[default: 2e-06]"):
         assert expected in text
     for name in declarations(Options):
         assert f"  --{name}" in text

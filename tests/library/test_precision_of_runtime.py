@@ -14,6 +14,8 @@ from library.runtime_options import DeepSpeedOptions, RuntimeOptions
 from library.training.updates import StepFacts, WholeUpdate
 from tests.library.parsing import parse, problems_of
 
+pytestmark = pytest.mark.usefixtures("accelerate_anew")
+
 FACTS = StepFacts(step=0, loss=1.0, images="x.png")
 
 

@@ -2,6 +2,7 @@
 
 import logging
 from collections.abc import Iterator
+from pathlib import Path
 
 import pytest
 import torch
@@ -9,6 +10,8 @@ import torch
 from library.errors import UserError
 from library.runtime import _launcher_notices, _processes_asked_of_launcher, set_up_logging, start_runtime
 from library.runtime_options import ConsoleOptions, RuntimeOptions
+
+pytestmark = pytest.mark.usefixtures("accelerate_anew")
 
 
 @pytest.fixture(autouse=True)
@@ -86,3 +89,18 @@ def test_log_lines_go_to_the_file(tmp_path) -> None:
     text = path.read_text(encoding="utf-8")
     assert "loud" in text
     assert "quiet" not in text
+
+
+def test_the_file_of_the_log_tells_no_place(tmp_path) -> None:
+    path = tmp_path / "run.txt"
+    set_up_logging(ConsoleOptions(console_log_file=path))
+    try:
+        raise ValueError(f"at {tmp_path}/deep/place")
+    except ValueError:
+        logging.getLogger("x").exception("%s/images/01.png cannot be read", tmp_path)
+    text = path.read_text(encoding="utf-8")
+    assert "ERROR 01.png cannot be read" in text
+    assert "ValueError: at place" in text
+    assert "test_runtime.py" in text
+    assert str(tmp_path) not in text
+    assert str(Path(__file__).parent) not in text

@@ -210,7 +210,9 @@ def test_every_format_holds_the_same_weights(format: str, models: dict[str, Path
     suffix = f".{format}" if not format.startswith("diffusers") else ""
     saved = run.folder / f"dog{suffix}"
     ours = loaded(saved)
-    assert {path.name for path in run.folder.iterdir()} == {saved.name, "dog-state", "dog-report.html", "log"}
+    assert {path.name for path in run.folder.iterdir()} == {
+        *(saved.name, "dog-state", "dog-report.html", "dog.run.json", "log")
+    }
     state = read_tensors(run.folder / "dog-state" / "model.safetensors").tensors
     assert all(torch.equal(ours[name], tensor) for name, tensor in state.items())
     if suffix:

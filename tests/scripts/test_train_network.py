@@ -134,6 +134,7 @@ def test_the_exact_set_of_files(models: dict[str, Path], data: Path, tmp_path: P
         "thing.safetensors",
         "thing-state",
         "thing-report.html",
+        "thing.run.json",
     }
     assert {path.name for path in (output / "thing-state").iterdir()} == {
         "model.safetensors",
@@ -262,7 +263,8 @@ def test_a_resumed_run_takes_a_new_learning_rate(models: dict[str, Path], data: 
     given = arguments(models["sd1"], write_dataset(data), "--save_state", "--save_every_n_steps=2")
     whole = run_script("train_network", tmp_path / "whole", *given)
     state = whole.folder / "at-step00000002-state"
-    run_script("train_network", tmp_path / "more", *given, f"--resume={state}", "--learning_rate=3e-3")
+    more = (f"--resume={state}", "--resume_allow_changes", "--learning_rate=3e-3")
+    run_script("train_network", tmp_path / "more", *given, *more)
     assert read_scalars(tmp_path / "more" / "log", "lr/unet") == pytest.approx([3e-3, 3e-3])
 
 
@@ -272,8 +274,9 @@ def test_a_state_of_another_network_is_refused(models: dict[str, Path], data: Pa
     given = arguments(models["sd1"], write_dataset(data), steps=2)
     run_script("train_network", tmp_path / "a", *given, "--save_state", "--save_every_n_steps=1")
     state = tmp_path / "a" / "at-step00000001-state"
+    more = ("--network_dim=8", "--resume_allow_changes", f"--resume={state}")
     with pytest.raises(UserError, match="does not fit what is trained"):
-        run_script("train_network", tmp_path / "b", *given, "--network_dim=8", f"--resume={state}")
+        run_script("train_network", tmp_path / "b", *given, *more)
 
 
 def test_a_finished_run_is_not_resumed(models: dict[str, Path], data: Path, tmp_path: Path) -> None:
@@ -393,11 +396,14 @@ def test_ctrl_c_saves_and_ends_cleanly(models: dict[str, Path], data: Path, tmp_
     process.send_signal(signal.SIGINT)
     assert process.wait(timeout=60) == 130
     saved = sorted(path.name for path in output.iterdir())
-    assert len(saved) == 3
+    assert len(saved) == 4
     assert saved[0].startswith("at-step")
     assert saved[1].endswith(".safetensors") or saved[0].endswith("-state")
-    assert saved[2] == "report.html"
+    assert saved[2:] == ["report.html", "run.json"]
     assert 'class="outcome stopped"' in (output / "report.html").read_text(encoding="utf-8")
+    manifest = json.loads((output / "run.json").read_text(encoding="utf-8"))
+    assert manifest["outcome"] == "stopped"
+    assert {*manifest["results"], *manifest["states"]} == {*saved[:2]}
 
 
 def test_captions_encoded_once_give_the_same_training(models: dict[str, Path], data: Path, tmp_path: Path) -> None:

@@ -45,7 +45,9 @@ def test_losses_are_the_stored_ones(kind: Kind, models: dict[str, Path], data: P
     stored = [float(line) for line in (ASSETS / f"{SCRIPT}-{kind}.txt").read_text().split()]
     assert run.code == 0
     assert run.losses == pytest.approx(stored, rel=1e-4)
-    assert run.files - {path for path in run.files if path.startswith("log/")} == {"zwx.pt", "zwx-report.html"}
+    assert run.files - {path for path in run.files if path.startswith("log/")} == {
+        *("zwx.pt", "zwx-report.html", "zwx.run.json")
+    }
 
 
 def test_the_first_loss_is_that_of_textual_inversion(

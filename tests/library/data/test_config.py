@@ -22,7 +22,7 @@ EXAMPLES = sorted((GOLDEN / "dataset_examples").glob("*.toml"))
 
 VALIDITY = golden("dataset_config_validity")["table"]
 SCOPED_ELSEWHERE = {
-    # Known here everywhere, and refused with "not available yet" or "this method needs every caption".
+    # Known here everywhere, and refused with "this method needs every caption".
     ("train_db", "metadata_file"),
     ("train_db", "conditioning_data_dir"),
     ("train_network", "conditioning_data_dir"),

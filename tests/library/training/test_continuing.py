@@ -15,7 +15,8 @@ from library.training.optimizer_kinds import KINDS
 from library.training.optimizers import build_optimizer, result_weights
 from library.training.options import OptimizerOptions, SchedulerOptions
 from library.training.rates import check_rates, settled_schedule
-from library.training.states import TrainingState, read_state, restore, write_state
+from library.training.restoring import restore
+from library.training.states import TrainingState, read_state, write_state
 
 STEPS = 6
 OPTIMIZERS = [*(kind.name for kind in KINDS), "NAdam", "bitsandbytes.optim.AdEMAMix8bit"]

@@ -15,9 +15,10 @@ from torch.optim.lr_scheduler import LambdaLR
 
 from library.errors import UserError
 from library.runtime import Runtime
-from library.training.loop import MOST_SKIPPED, Interruption, fit
+from library.training.loop import MOST_SKIPPED, fit
 from library.training.method import Hook, StepShape
 from library.training.progress import Moment, RunLength
+from library.training.signals import Interruption
 from library.training.updates import WholeUpdate
 from tests.fresh import forget_accelerate
 

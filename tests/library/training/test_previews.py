@@ -6,6 +6,7 @@ from PIL import Image
 from library.randomness import key
 from library.training.options import PreviewOptions
 from library.training.previews import Previews
+from library.training.progress import RunLength
 from library.training.prompt_files import PreviewPrompt
 from tests.library.training.moments import moments
 
@@ -32,7 +33,7 @@ def previews(folder, generate=None, *, prompts=PROMPTS, name="toy", is_main=True
 
 
 def run(hook, total_steps=6, steps_per_epoch=3):
-    hook.before_training()
+    hook.before_training(RunLength(total_steps=total_steps, steps_per_epoch=steps_per_epoch))
     for moment in moments(total_steps, steps_per_epoch):
         hook(moment)
 

@@ -62,6 +62,30 @@ def test_shown_path_is_relative(tmp_path, monkeypatch):
     assert shown_path(tmp_path.parent / "elsewhere" / "out" / "a.png") == str(Path("out", "a.png"))
 
 
+def test_what_is_relative_to_homes_is_not_told(tmp_path, monkeypatch):
+    monkeypatch.setenv("HOME", str(tmp_path / "home" / "max"))
+    (tmp_path / "home" / "max").mkdir(parents=True)
+    monkeypatch.chdir(tmp_path / "home")
+    assert shown_path(tmp_path / "home" / "max" / "a.png") == str(Path("~", "a.png"))
+    assert shown_path(tmp_path / "home" / "max" / "out" / "a.png") == str(Path("out", "a.png"))
+    assert Scrubber()(f"see {tmp_path}/home/max/out/a.png") == "see a.png"
+    monkeypatch.chdir(tmp_path / "home" / "max")
+    assert shown_path(tmp_path / "home" / "max" / "a.png") == "a.png"
+    assert Scrubber()(f"see {tmp_path}/home/max/out/a.png") == "see out/a.png"
+
+
+def test_neither_home_nor_current_folder_are_needed(tmp_path, monkeypatch):
+    (tmp_path / "gone").mkdir()
+    monkeypatch.chdir(tmp_path / "gone")
+    (tmp_path / "gone").rmdir()
+
+    def no_home():
+        raise RuntimeError
+
+    monkeypatch.setattr(Path, "home", no_home)
+    assert Scrubber()("see /home/max/a.png") == "see a.png"
+
+
 @pytest.mark.parametrize(
     ("text", "scrubbed"),
     [

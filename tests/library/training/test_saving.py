@@ -1,4 +1,5 @@
 import logging
+import time
 
 import pytest
 import torch
@@ -6,6 +7,7 @@ import torch
 from library.errors import UserError
 from library.files import write_tensors
 from library.training.naming import END, OutputNames, SavePlan
+from library.training.options import SaveOptions
 from library.training.saving import ModelSaver, StateSaver
 from library.training.states import TrainingState, read_state
 from tests.library.training.moments import moments
@@ -104,27 +106,62 @@ def test_console_lines(tmp_path, caplog, monkeypatch):
     ]
 
 
-def states(folder, plan, *, every_time):
+def states(folder, plan, clock=time.monotonic, **options):
     def capture(step, epoch):
         return TrainingState(step=step, epoch=epoch, tensors={"w": torch.zeros(1)}, optimizer={}, scheduler={})
 
     names = OutputNames(folder=folder, name="toy", suffix=".safetensors")
-    return StateSaver(plan, names, capture, every_time=every_time)
+    return StateSaver(plan, names, capture, SaveOptions(**options), clock=clock)
 
 
 def test_the_exact_set_of_states(tmp_path):
-    run(states(tmp_path, SavePlan(every_epochs=1, every_steps=4, keep_epochs=1), every_time=True), 10, 3)
+    run(states(tmp_path, SavePlan(every_epochs=1, every_steps=4, keep_epochs=1), save_state=True), 10, 3)
     assert written(tmp_path) == ["toy-000003-state", "toy-state", "toy-step00000004-state", "toy-step00000008-state"]
     assert read_state(tmp_path / "toy-000003-state").step == 9
     assert (read_state(tmp_path / "toy-state").step, read_state(tmp_path / "toy-state").epoch) == (10, 4)
 
 
 def test_a_state_only_at_the_end(tmp_path):
-    run(states(tmp_path, SavePlan(every_epochs=1, every_steps=2), every_time=False), 10, 3)
+    run(states(tmp_path, SavePlan(every_epochs=1, every_steps=2), save_state_on_train_end=True), 10, 3)
     assert written(tmp_path) == ["toy-state"]
 
 
 def test_saving_on_demand(tmp_path):
-    hook = states(tmp_path, SavePlan(), every_time=False)
+    hook = states(tmp_path, SavePlan())
     hook.save(END, step=7, epoch=2)
     assert read_state(tmp_path / "toy-state").step == 7
+
+
+def test_a_state_after_some_minutes_takes_the_place_of_the_one_before(tmp_path):
+    """A step takes 40 seconds, saving none; what is saved anyway counts as well."""
+    seconds = iter(range(0, 10_000, 40))
+    hook = states(tmp_path, SavePlan(every_steps=5), lambda: next(seconds), save_state=True, save_state_every_minutes=1)
+    found = []
+    for moment in moments(9, 9):
+        hook(moment)
+        timed = tmp_path / "toy-timed-state"
+        found.append(read_state(timed).step if timed.exists() else 0)
+    assert found == [0, 2, 2, 4, 4, 4, 7, 7, 7]
+    assert written(tmp_path) == ["toy-state", "toy-step00000005-state", "toy-timed-state"]
+
+
+@pytest.mark.parametrize(
+    ("name", "own", "others"),
+    [
+        (
+            "dog",
+            ["dog.safetensors", "dog-state", "dog-000002.ckpt", "dog-step00000012-state", "dog-timed-state",
+             "dog-000002-ema.safetensors", "dog-best.json", "dog"],
+            ["dogs.safetensors", "dog-2.safetensors", "a-dog-state", "dog-2-state", "last-state"],
+        ),
+        (
+            None,
+            ["last.safetensors", "last-state", "epoch-000001.safetensors", "at-step00000002-state", "timed-state"],
+            ["dog-000002-state", "two words.txt"],
+        ),
+    ],
+)  # fmt: skip
+def test_which_files_are_those_of_the_run(tmp_path, name, own, others):
+    names = OutputNames(folder=tmp_path, name=name, suffix=".safetensors")
+    assert [file for file in own if not names.owns(file)] == []
+    assert [file for file in others if names.owns(file)] == []

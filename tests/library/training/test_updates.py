@@ -12,6 +12,8 @@ from library.training.optimizers import build_optimizer
 from library.training.options import OptimizerOptions
 from library.training.updates import FusedUpdate, StepFacts, Update, WholeUpdate
 
+pytestmark = pytest.mark.usefixtures("accelerate_anew")
+
 NAMES = ["AdamW", "AdamW8bit", "Lion", "SGDNesterov"]
 
 
@@ -106,7 +108,8 @@ def test_bf16_weights_follow_the_fp32_ones_and_continue_exactly(name: str, fused
     resumed = network(torch.bfloat16)
     resumed.load_state_dict(weights)
     again, update = update_for(resumed)
-    from library.training.states import TrainingState, restore
+    from library.training.restoring import restore
+    from library.training.states import TrainingState
 
     schedule = torch.optim.lr_scheduler.LambdaLR(again, lambda step: 1.0)
     kept = TrainingState(step=3, epoch=1, tensors={}, optimizer=state, scheduler=schedule.state_dict())
