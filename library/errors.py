@@ -11,6 +11,8 @@ from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from typing import NoReturn
 
+from library.streams import outlive_the_screen
+
 EXIT_USER_ERROR = 2
 EXIT_INTERRUPTED = 130
 
@@ -73,6 +75,7 @@ def run_script(main: Callable[[list[str]], int | None]) -> NoReturn:
 
     The traceback of a user error goes to the log at DEBUG level, never to the screen.
     """
+    outlive_the_screen()
     try:
         code = main(sys.argv[1:]) or 0
     except UserError as error:

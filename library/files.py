@@ -13,12 +13,13 @@ import shutil
 import struct
 import uuid
 import zipfile
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Final
 
+from library.disk_space import room_for
 from library.errors import UserError
 
 if TYPE_CHECKING:
@@ -32,6 +33,8 @@ _HALF_MADE: Final = re.compile(f"(?:{re.escape(_TEMPORARY_MARK)}[0-9a-f]{{8}}-)+
 _HASH_CHUNK: Final = 1 << 20
 _LONGEST_NAME: Final = 255
 """Bytes of a file name, on every usual system."""
+_RECORD: Final = 640
+"""Bytes that a tensor takes in a torch file besides its numbers, about."""
 _SAFETENSORS_DTYPES: Final = {
     "bool": "BOOL", "uint8": "U8", "int8": "I8", "uint16": "U16", "int16": "I16", "uint32": "U32", "int32": "I32",
     "uint64": "U64", "int64": "I64", "float8_e4m3fn": "F8_E4M3", "float8_e5m2": "F8_E5M2", "float16": "F16",
@@ -155,27 +158,30 @@ def read_header(path: Path) -> dict[str, Any]:
 
 
 @contextmanager
-def written_whole(path: Path) -> Iterator[Path]:
+def written_whole(path: Path, *, size: int = 0) -> Iterator[Path]:
     """Give a temporary path beside ``path``; when the block succeeds, flush it to disk and rename it to ``path``.
 
+    Args:
+        path: Final name.
+        size: Bytes that will be written, as far as they are known: nothing is begun where they do not fit.
+
     Raises:
-        UserError: The folder cannot be written to or the disk is full; ``path`` keeps what it had.
+        CannotWriteError: The folder cannot be written to or the disk is full; ``path`` keeps what it had.
     """
     temporary = _temporary_beside(path)
-    try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        yield temporary
-        with temporary.open("rb+") as file:
-            os.fsync(file.fileno())
-        # Libraries that write through a private file leave it readable by its owner only.
-        temporary.chmod(_usual_mode())
-        _put_in_place(temporary, path)
-        sync_folder(path.parent)
-    except OSError as error:
-        raise _unwritable(path, error) from error
-    finally:
-        with suppress(OSError):
-            temporary.unlink()
+    with room_for(path, size):
+        try:
+            path.parent.mkdir(parents=True, exist_ok=True)
+            yield temporary
+            with temporary.open("rb+") as file:
+                os.fsync(file.fileno())
+            # Libraries that write through a private file leave it readable by its owner only.
+            temporary.chmod(_usual_mode())
+            _put_in_place(temporary, path)
+            sync_folder(path.parent)
+        finally:
+            with suppress(OSError):
+                temporary.unlink()
 
 
 def _temporary_beside(path: Path) -> Path:
@@ -187,29 +193,30 @@ def _temporary_beside(path: Path) -> Path:
 
 
 @contextmanager
-def folder_written_whole(folder: Path, *, may_replace: Callable[[Path], bool]) -> Iterator[Path]:
+def folder_written_whole(folder: Path, *, may_replace: Callable[[Path], bool], size: int = 0) -> Iterator[Path]:
     """Give a temporary folder beside ``folder``; when the block succeeds, it gets the name of ``folder``.
 
     Args:
         folder: Final name.
+        size: Bytes that will be written, as far as they are known: nothing is begun where they do not fit.
         may_replace: Whether what has that name may go; it goes after the new folder is complete. Otherwise the new
             folder is kept under a free name, and the error says which.
 
     Raises:
-        UserError: The place cannot be written to, or the name is taken; ``folder`` keeps what it had.
+        CannotWriteError: The place cannot be written to; ``folder`` keeps what it had.
+        UserError: The name is taken.
     """
-    _recover(folder)
     temporary = folder.with_name(f"{_TEMPORARY_MARK}{uuid.uuid4().hex[:8]}-{folder.name}")
-    try:
-        temporary.mkdir(parents=True)
-        yield temporary
-        sync_folder(temporary)
-        _put_folder_in_place(temporary, folder, may_replace)
-        sync_folder(folder.parent)
-    except OSError as error:
-        raise _unwritable(folder, error) from error
-    finally:
-        shutil.rmtree(temporary, ignore_errors=True)
+    with room_for(folder, size):
+        try:
+            _recover(folder)
+            temporary.mkdir(parents=True)
+            yield temporary
+            sync_folder(temporary)
+            _put_folder_in_place(temporary, folder, may_replace)
+            sync_folder(folder.parent)
+        finally:
+            shutil.rmtree(temporary, ignore_errors=True)
 
 
 def _recover(folder: Path) -> None:
@@ -245,14 +252,6 @@ def _put_folder_in_place(temporary: Path, folder: Path, may_replace: Callable[[P
             remedy="Move what has the name out of the way, then rename the new folder.",
         )
     shutil.rmtree(replaced, ignore_errors=True)
-
-
-def _unwritable(path: Path, error: OSError) -> UserError:
-    return UserError(
-        f"cannot write {path.name}: {error.strerror or error}",
-        where=str(path.parent),
-        remedy="Free space on the disk or choose another folder; earlier files are untouched.",
-    )
 
 
 def discard(path: Path) -> None:
@@ -317,7 +316,7 @@ def _usual_mode() -> int:
 
 def write_bytes(path: Path, content: bytes) -> None:
     """Write ``content`` to ``path``, whole or not at all."""
-    with written_whole(path) as temporary:
+    with written_whole(path, size=len(content)) as temporary:
         temporary.write_bytes(content)
 
 
@@ -371,16 +370,20 @@ def write_tensors(
     dtypes = {name: dtype if dtype and tensor.is_floating_point() else tensor.dtype for name, tensor in tensors.items()}
     dtypes |= {name: tensor.dtype for name, tensor in (kept or {}).items()}
     everything = {**tensors, **(kept or {})}
-    with written_whole(path) as temporary:
-        if path.suffix.lower() == ".safetensors":
-            _write_safetensors(temporary, everything, dtypes, metadata or {})
-        else:
-            import torch
+    if path.suffix.lower() == ".safetensors":
+        header, names, size = _safetensors_layout(everything, dtypes, metadata or {})
+        with written_whole(path, size=size) as temporary:
+            _write_safetensors(temporary, header, (everything[name].detach().to("cpu", dtypes[name]) for name in names))
+            _check_whole(temporary)
+        return
+    import torch
 
-            ready = {name: _alone(tensor.detach().to("cpu", dtypes[name])) for name, tensor in everything.items()}
-            # Given a name, the library would put it into the file.
-            with temporary.open("wb") as file:
-                torch.save({"state_dict": ready, **extra} if extra is not None else ready, file)
+    size = sum(tensor.numel() * dtypes[name].itemsize + _RECORD for name, tensor in everything.items())
+    with written_whole(path, size=size) as temporary:
+        ready = {name: _alone(tensor.detach().to("cpu", dtypes[name])) for name, tensor in everything.items()}
+        # Given a name, the library would put it into the file.
+        with temporary.open("wb") as file:
+            torch.save({"state_dict": ready, **extra} if extra is not None else ready, file)
         _check_whole(temporary)
 
 
@@ -401,15 +404,13 @@ def check_finite(tensors: "Mapping[str, Tensor]", dtype: "torch.dtype | None", p
             )
 
 
-def _write_safetensors(
-    path: Path, tensors: "Mapping[str, Tensor]", dtypes: "Mapping[str, torch.dtype]", metadata: Mapping[str, str]
-) -> None:
-    """Header, then the bytes of one tensor after the other: widest numbers first, so that all are aligned.
+def _safetensors_layout(
+    tensors: "Mapping[str, Tensor]", dtypes: "Mapping[str, torch.dtype]", metadata: Mapping[str, str]
+) -> tuple[bytes, list[str], int]:
+    """Header, order of the tensors and size of a file: widest numbers first, so that all are aligned.
 
     The same content gives the same bytes, which the library's own writer doesn't promise for metadata.
     """
-    import torch
-
     header: dict[str, Any] = {"__metadata__": dict(sorted(metadata.items()))} if metadata else {}
     names = sorted(tensors, key=lambda name: (-dtypes[name].itemsize, name))
     end = 0
@@ -419,11 +420,17 @@ def _write_safetensors(
         header[name] = {"dtype": kind, "shape": list(tensors[name].shape), "data_offsets": [start, end]}
     content = json.dumps(header, ensure_ascii=False, separators=(",", ":")).encode()
     content = content.ljust(-(-len(content) // 8) * 8)
+    return content, names, 8 + len(content) + end
+
+
+def _write_safetensors(path: Path, header: bytes, tensors: "Iterable[Tensor]") -> None:
+    """Header, then the bytes of one tensor after the other."""
+    import torch
+
     with path.open("wb") as file:
-        file.write(struct.pack("<Q", len(content)) + content)
-        for name in names:
-            tensor = tensors[name].detach().to("cpu", dtypes[name]).contiguous()
-            file.write(tensor.reshape(-1).view(torch.uint8).numpy().data)
+        file.write(struct.pack("<Q", len(header)) + header)
+        for tensor in tensors:
+            file.write(tensor.contiguous().reshape(-1).view(torch.uint8).numpy().data)
 
 
 def _check_whole(path: Path) -> None:

@@ -3,6 +3,7 @@
 import logging
 from collections.abc import Callable
 from contextlib import nullcontext
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -21,8 +22,10 @@ from library.training.method import Hook, TrainingMethod
 from library.training.naming import END, OutputNames, SavePlan, SavePoint
 from library.training.optimizers import ResultWeights
 from library.training.previews import Previews
+from library.training.privacy import shown_path
 from library.training.progress import RunLength
 from library.training.prompt_files import PreviewPrompt
+from library.training.rescue import Rescue
 from library.training.saving import ModelSaver, StateSaver
 from library.training.speed import Speed
 from library.training.tracking import Tracker
@@ -94,6 +97,7 @@ class Hooks:
         plan = SavePlan.for_models(saving, length.epochs)
         best = BestModel(names.folder, names.name, continued=start_step > 0) if validator is not None else None
         self._average = average
+        self.rescue = Rescue()
         self._manifest = manifest
         self.speed = Speed(images_of)
         self.tracker = Tracker(
@@ -131,6 +135,7 @@ class Hooks:
                 weights=weights,
                 uploads=self.uploads,
                 saved=None if manifest is None else manifest.model,
+                keep=self.rescue.keep,
             )
             for weights in options.ema.saved
         ]
@@ -143,6 +148,7 @@ class Hooks:
             is_main=runtime.is_main,
             uploads=self.uploads if options.hub.save_state_to_huggingface else None,
             saved=None if manifest is None else manifest.state,
+            keep=self.rescue.keep,
         )
         self.previews = Previews(
             options.preview,
@@ -166,12 +172,29 @@ class Hooks:
         saving: list[Hook] = [*self.models, self.previews, self._save_if_asked, self.states]
         return [*manifests, *averages, self.tracker, *validations, *saving, self.speed.start]
 
-    def save_now(self, step: int) -> None:
-        """Save model and state after ``step`` steps, whatever the options say."""
+    def save_now(self, step: int, *, last: bool) -> None:
+        """Save model and state after ``step`` steps, whatever the options say; ``last`` says that the run ends then."""
+        for save in self._saves(step, last=last):
+            save()
+
+    def save_after_failure(self, step: int) -> None:
+        """Save model and state after ``step`` steps, where an error ends the run, which is not hidden by another."""
+        for save in self._saves(step, last=True):
+            try:
+                save()
+            except Exception as error:
+                log.error("%s", error)
+                log.debug("saving failed", exc_info=True)
+        if self.states.last_saved is not None:
+            log.warning("to continue when the cause is mended: --resume %s", shown_path(self.states.last_saved))
+
+    def _saves(self, step: int, *, last: bool) -> list[Callable[[], None]]:
         point, length = SavePoint(kind="step", number=step), self._length
-        for saver in self.models:
-            saver.save(point, step=step, epoch=step // length.steps_per_epoch)
-        self.states.save(point, step=step, epoch=length.epoch_of(step - 1))
+        finished, begun = step // length.steps_per_epoch, length.epoch_of(step - 1)
+        return [
+            *(partial(saver.save, point, step=step, epoch=finished, last=last) for saver in self.models),
+            partial(self.states.save, point, step=step, epoch=begun, last=last),
+        ]
 
     def save_what_is_missing(self) -> None:
         """Save what a run that has made its last step was killed before it could save."""
@@ -180,10 +203,11 @@ class Hooks:
         for saver in savers:
             if not saver.has_ended:
                 saver.save(END, step=step, epoch=epochs)
+        self.rescue.settle()
 
     def _save_if_asked(self, moment: "Moment") -> None:
         if moment.save_requested and not moment.interrupted:
-            self.save_now(moment.step)
+            self.save_now(moment.step, last=False)
 
     @property
     def written(self) -> list[tuple[str, Path]]:

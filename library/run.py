@@ -1,11 +1,12 @@
 """One training run around a method: plan, optimizer, resuming, hooks, the loop, and what is said at the end."""
 
 import logging
-from collections.abc import Iterable
-from contextlib import nullcontext
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, fields
 from typing import TYPE_CHECKING, Any, Final, Protocol
 
+from library.breakdowns import breakdowns_explained
 from library.data.dataset import Batch, TrainingDataset
 from library.data.disk_cache import DiskLatentCache, Share
 from library.data.epoch_plan import EpochPlan
@@ -35,10 +36,10 @@ from library.training.fingerprint import fingerprint
 from library.training.loop import fit
 from library.training.lr_schedulers import build_lr_scheduler
 from library.training.metadata import RunFacts
-from library.training.method import StepShape, TrainingMethod
+from library.training.method import Hook, StepShape, TrainingMethod
 from library.training.optimizers import BuiltOptimizer, build_optimizer, result_weights
 from library.training.options import OptimizerOptions
-from library.training.progress import RunLength
+from library.training.progress import Moment, RunLength
 from library.training.rates import rehearse_rates, settled_schedule
 from library.training.signals import Interruption
 from library.training.updates import FusedUpdate, Update, WholeUpdate
@@ -120,9 +121,16 @@ def train(
     Returns:
         The exit code: 0, or that of the signal that stopped the run.
     """
+    explained = breakdowns_explained(
+        flat_values(options),
+        largest_batch=max(bucket.plan.batch_size for bucket in data.buckets),
+        world=task.runtime.world,
+        where=str(task.runtime.device),
+    )
     with (
         RunReport(options, inputs, data, task.runtime) as report,
         RunManifest(options, inputs, data, task.runtime, script=result.script) as manifest,
+        explained,
     ):
         return _Run(method, task, result, options, inputs, data).train(report, manifest)
 
@@ -189,6 +197,7 @@ class _Run:
             code = self._fit(self._batches(images, start_step), learning, hooks, progress, start_step)
             hooks.say_what_was_written()
             self._runtime.accelerator.end_training()
+        hooks.rescue.settle()
         return code
 
     def _images(self) -> _Images:
@@ -324,29 +333,51 @@ class _Run:
     ) -> int:
         """Train to the end or until asked to stop, and save then; returns the exit code."""
         plan, optimizer = self._plan, learning.optimizer
+        # After resuming, which gives the optimizer new groups.
+        update = _update(optimizer, self._options.optimizer, self._runtime, coupled=learning.built.coupled)
         with Interruption().watched() as interruption, hooks.tracker:
-            step = fit(
-                self._method,
-                batches,
-                length=self._length,
-                shape_of=lambda step: StepShape(micro_batches=plan.slots(step), examples=plan.step_size(step)),
-                optimizer=optimizer,
-                schedule=learning.schedule,
-                # After resuming, which gives the optimizer new groups.
-                update=_update(optimizer, self._options.optimizer, self._runtime, coupled=learning.built.coupled),
-                runtime=self._runtime,
-                start_step=start_step,
-                hooks=hooks.in_order,
-                name_examples=self._data.names,
-                interruption=interruption,
-                losses=progress.losses,
-            )
+            with self._keeping_what_was_done(update, hooks, start_step) as note:
+                step = fit(
+                    self._method,
+                    batches,
+                    length=self._length,
+                    shape_of=lambda step: StepShape(micro_batches=plan.slots(step), examples=plan.step_size(step)),
+                    optimizer=optimizer,
+                    schedule=learning.schedule,
+                    update=update,
+                    runtime=self._runtime,
+                    start_step=start_step,
+                    hooks=[note, *hooks.in_order],
+                    name_examples=self._data.names,
+                    interruption=interruption,
+                    losses=progress.losses,
+                )
             if step == self._length.total_steps:
                 return 0
             if step > start_step:
-                hooks.save_now(step)
+                hooks.save_now(step, last=True)
         # Another process may have been the one that was asked to stop.
         return interruption.exit_code or STOPPED
+
+    @contextmanager
+    def _keeping_what_was_done(self, update: Update, hooks: Hooks, start_step: int) -> Iterator[Hook]:
+        """Save model and state when an error ends the loop and the weights are those of a finished step.
+
+        Gives the hook that notes every finished step.
+        """
+        done = start_step
+
+        def note(moment: Moment) -> None:
+            nonlocal done
+            done = moment.step
+
+        try:
+            yield note
+        except Exception:
+            if done > start_step and not update.has_begun:
+                log.error("the run ends after step %d, where model and state are saved", done)
+                hooks.save_after_failure(done)
+            raise
 
 
 def _short_name(description: str) -> str:
@@ -385,7 +416,13 @@ def _update(optimizer: Any, options: OptimizerOptions, runtime: Runtime, *, coup
         UserError: Several processes would each use a gradient that has not been exchanged yet.
     """
     if not options.fused_backward_pass:
-        return WholeUpdate(optimizer, runtime, max_grad_norm=options.max_grad_norm, coupled=coupled)
+        return WholeUpdate(
+            optimizer,
+            runtime,
+            max_grad_norm=options.max_grad_norm,
+            coupled=coupled,
+            skips=options.on_nonfinite == "skip",
+        )
     if runtime.world > 1:
         raise UserError(
             f"--fused_backward_pass works in one process only, and there are {runtime.world}",

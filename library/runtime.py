@@ -75,6 +75,14 @@ class Runtime:
         """Whether this process writes files and shows progress."""
         return bool(self.accelerator.is_main_process)
 
+    def from_all(self, text: str) -> list[str]:
+        """The ``text`` of every process, which all of them ask for at the same time."""
+        if self.world == 1:
+            return [text]
+        from accelerate.utils import gather_object
+
+        return [str(one) for one in gather_object([text])]
+
     def release_memory(self) -> None:
         """Give memory of the GPU that a finished stage has left back to others."""
         import torch

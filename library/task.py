@@ -92,7 +92,7 @@ class DenoisingTask:
         vae = self.model.vae
         # The VAE's own dtype holds: under autocast --no_half_vae would be undone.
         with torch.autocast(self.runtime.device.type, enabled=False):
-            mean, std = encode_images(vae, pixels.to(self.runtime.device, vae.dtype))
+            mean, std = encode_images(vae, pixels.to(self.runtime.device))
         return mean.float(), std.float()
 
     @torch.no_grad()
@@ -188,7 +188,7 @@ class DenoisingTask:
                 generator=torch.Generator().manual_seed(prompt.seed),
             )
         with self.vae_in_use(), torch.autocast(self.runtime.device.type, enabled=False):
-            pixels = decode_latents(model.vae, latents.to(model.vae.dtype), scale=model.variant.latent_scale)
+            pixels = decode_latents(model.vae, latents, scale=model.variant.latent_scale)
         return _to_image(pixels[0])
 
     @contextmanager

@@ -94,13 +94,15 @@ class NetworkTraining:
         Raises:
             UserError: A weight is not finite, or the folder cannot be written to; the former file is kept.
         """
-        for name, tensor in self.trained.state_dict().items():
+        tensors = self.trained.state_dict()
+        for name, tensor in tensors.items():
             if tensor.is_floating_point() and not bool(torch.isfinite(tensor.to(self._dtype or tensor.dtype)).all()):
                 raise UserError(
                     f"refusing to save: {name} holds values that are not finite",
                     where=str(path),
                     remedy="Lower the learning rate, or use bf16 or fp32 instead of fp16; the previous file is kept.",
                 )
-        with written_whole(path) as temporary:
+        size = sum(tensor.numel() * (self._dtype or tensor.dtype).itemsize for tensor in tensors.values())
+        with written_whole(path, size=size) as temporary:
             # Third-party modules write the file themselves.
             self._network.save_weights(str(temporary), self._dtype, dict(metadata))

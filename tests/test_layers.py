@@ -8,7 +8,7 @@ import pytest
 ROOT = Path(__file__).parent.parent
 
 # Lower layers first; a module may import its own layer's package and every layer below it.
-BASE = ["library.errors", "library.files", "library.scrubbing"]
+BASE = ["library.errors", "library.streams", "library.disk_space", "library.files", "library.scrubbing"]
 OPTIONS = [
     "library.options",
     "library.option_fields",
@@ -22,6 +22,7 @@ OPTIONS = [
 RUNTIME = ["library.randomness", "library.messages", "library.runtime"]
 PACKAGES = ["library.models", "library.diffusion", "library.data", "library.training"]
 TOP = [
+    "library.breakdowns",
     "library.option_relations",
     "library.conditioning",
     "library.cached_conditioning",

@@ -47,6 +47,9 @@ _OLD_MIRRORED: Final = "_flip"
 """Ends the stem of the older files with mirrored latents."""
 _SAME_FILTER: Final[Mapping[str, str]] = {"linear": "bilinear", "cubic": "bicubic"}
 _CHUNK: Final = 1 << 20
+_CHANNELS: Final = 4
+_BESIDES: Final = 2500
+"""Bytes of an entry besides its arrays, about."""
 
 Latents = NDArray[np.float32]
 Mask = NDArray[np.float32]
@@ -199,6 +202,13 @@ def content_digest(path: Path) -> str:
         while chunk := file.read(_CHUNK):
             digest.update(chunk)
     return digest.hexdigest()
+
+
+def size_of(bucket: Size, *, flip: bool, mask: bool) -> int:
+    """About the bytes that an entry for ``bucket`` takes."""
+    width, height = bucket
+    values = _CHANNELS * (width // LATENT_PIXELS) * (height // LATENT_PIXELS) * (4 if flip else 2)
+    return 4 * (values + width * height * mask) + _BESIDES
 
 
 def write_entry(path: Path, entry: Entry) -> None:

@@ -27,6 +27,7 @@ from library.data.cache_entry import (
     Source,
     UnusableEntryError,
     read_entry,
+    size_of,
     write_entry,
 )
 from library.data.cache_places import Place, Places
@@ -34,6 +35,7 @@ from library.data.images import ImageView, LoadedImage, Pixels, load_image, orie
 from library.data.latent_encoding import MAX_READING_THREADS, Encode, Posterior, Use, encoded, file_pair, uses_of
 from library.data.latent_files import CHANNELS, is_latent_file, read_latents
 from library.data.setup import TrainingData
+from library.disk_space import CannotWriteError, check_room
 from library.errors import UserError
 
 log = logging.getLogger(__name__)
@@ -244,7 +246,11 @@ class DiskLatentCache:
             pending = {view: uses[view] for view, verdict in verdicts.items() if verdict.path is None}
             if not pending:
                 return
-            self._build(pending, encode, batch_size=batch_size, progress=progress)
+            try:
+                self._check_room(pending)
+                self._build(pending, encode, batch_size=batch_size, progress=progress)
+            except CannotWriteError as problem:
+                raise _no_place(problem) from problem
             # Another run may have given an image an entry for its own settings at the same moment: looked at again.
         verdicts = self.judge_all(pending, progress=False)
         lost = next((view for view, verdict in verdicts.items() if verdict.path is None), None)
@@ -265,6 +271,21 @@ class DiskLatentCache:
                 _named(moved),
                 next(iter(moved.values())).parent,
             )
+
+    def _check_room(self, uses: Mapping[ImageView, Use]) -> None:
+        """Refuse to begin what will not fit on the disks of the entries."""
+        sizes: defaultdict[int, list[tuple[Path, int]]] = defaultdict(list)
+        for view, use in uses.items():
+            path = self.place(view).own
+            # Of a folder that is not there yet, the disk will be that of the image.
+            home = path.parent if path.parent.exists() else view.path.parent
+            with suppress(OSError):
+                sizes[home.stat().st_dev].append(
+                    (home / path.name, size_of(view.placement.bucket, flip=use.flip, mask=use.mask))
+                )
+        for entries in sizes.values():
+            called = f"the cached latents of {len(entries)} images"
+            check_room(entries[0][0], sum(size for _, size in entries), called=called)
 
     def _build(self, uses: Mapping[ImageView, Use], encode: Encode, *, batch_size: int, progress: bool) -> None:
         sources: dict[ImageView, Source] = {}
@@ -298,6 +319,14 @@ class DiskLatentCache:
                 # A folder that cannot be written to only costs time.
                 with suppress(UserError, FileNotFoundError, UnusableEntryError):
                     write_entry(verdict.path, replace(read_entry(verdict.path), source=verdict.source))
+
+
+def _no_place(problem: CannotWriteError) -> UserError:
+    one = problem.problems[0]
+    remedy = (
+        "Free space on the disk, or use --cache_latents alone, which keeps latents in memory. What is cached stays."
+    )
+    return UserError(one.what, where=one.where, remedy=remedy)
 
 
 def objection(

@@ -139,8 +139,12 @@ def _start(loader: "DataLoader[Any]") -> tuple[Iterator[Any], list[BaseProcess]]
 def _lost(workers: Sequence[BaseProcess]) -> tuple[Problem, ...]:
     """The problem that one of ``workers`` is gone, where one is: torch has no exception of its own for that."""
     # A connection breaks a moment before its process counts as ended.
-    if not workers or not wait([worker.sentinel for worker in workers], timeout=1):
+    if not workers or not (gone := wait([worker.sentinel for worker in workers], timeout=1)):
         return ()
+    for worker in workers:
+        if worker.sentinel in gone:
+            # Its exit code is known a moment later.
+            worker.join(1)
     codes = ", ".join(str(worker.exitcode) for worker in workers if not worker.is_alive())
     return (
         Problem(

@@ -29,6 +29,8 @@ _CLASSES: Final = {
 _SETTINGS: Final = "tokenizer_config.json"
 _BASE_SAMPLE_SIZE: Final = 64
 """Side of the latent image that programs take by default, at 512 pixels."""
+_BESIDES_WEIGHTS: Final = 5_100_000
+"""Bytes of tokenizer and configurations, about."""
 
 # Entries of configurations that may name the folders of whoever wrote them.
 _PRIVATE: Final = {"name_or_path", "special_tokens_map_file", "tokenizer_file"}
@@ -58,10 +60,13 @@ def write_folder(
         configs["unet"]["sample_size"] = _BASE_SAMPLE_SIZE
     for part, module in modules.items():
         check_finite(module.state_dict(), dtype, folder / part)
-    with folder_written_whole(folder, may_replace=is_trained_folder) as target:
-        for part, module in modules.items():
+    weights_of = {part: _state(part, module) for part, module in modules.items()}
+    size = _BESIDES_WEIGHTS + sum(
+        tensor.numel() * (dtype or tensor.dtype).itemsize for state in weights_of.values() for tensor in state.values()
+    )
+    with folder_written_whole(folder, may_replace=is_trained_folder, size=size) as target:
+        for part, weights in weights_of.items():
             names = [name for name in WEIGHT_FILES[part] if (Path(name).suffix == ".safetensors") == safetensors]
-            weights = _state(part, module)
             write_tensors(target / part / names[0], weights, dtype=dtype, metadata={"format": "pt"})
             write_json(target / part / "config.json", configs[part])
         _write_tokenizer(target / "tokenizer", model)

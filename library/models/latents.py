@@ -4,15 +4,26 @@ Latents here are the VAE's own: the U-Net sees them multiplied by ``Variant.late
 """
 
 import hashlib
+import logging
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Any
+from weakref import WeakSet
 
 import torch
 from torch import Tensor
+
+log = logging.getLogger(__name__)
+
+_TOLD: "WeakSet[Any]" = WeakSet()
+"""VAEs of which it has been said that they overflow."""
 
 
 @torch.no_grad()
 def encode_images(vae: Any, pixels: Tensor) -> tuple[Tensor, Tensor]:
     """The VAE's posterior for each image (Kingma and Welling 2014), in the VAE's precision and the result in float32.
+
+    An image whose activations overflow in 16 bits is encoded again in float32.
 
     Args:
         vae: An ``AutoencoderKL``.
@@ -21,9 +32,38 @@ def encode_images(vae: Any, pixels: Tensor) -> tuple[Tensor, Tensor]:
     Returns:
         Mean and standard deviation, (B, 4, H/8, W/8) each, not scaled.
     """
-    posterior = vae.encode(pixels.to(vae.device, vae.dtype)).latent_dist
-    mean, std = posterior.mean.float(), posterior.std.float()
+    mean, std = _posterior(vae, pixels)
+    if vae.dtype == torch.float32:
+        return mean, std
+    finite = (mean + std).isfinite().flatten(1).all(dim=1).tolist()
+    if not all(finite):
+        with _wide(vae):
+            for image in (number for number, is_finite in enumerate(finite) if not is_finite):
+                mean[image : image + 1], std[image : image + 1] = _posterior(vae, pixels[image : image + 1])
     return mean, std
+
+
+def _posterior(vae: Any, pixels: Tensor) -> tuple[Tensor, Tensor]:
+    posterior = vae.encode(pixels.to(vae.device, vae.dtype)).latent_dist
+    return posterior.mean.float(), posterior.std.float()
+
+
+@contextmanager
+def _wide(vae: Any) -> Iterator[None]:
+    """The VAE in float32 inside the block, which is told once; its weights are the same afterwards."""
+    dtype = vae.dtype
+    if vae not in _TOLD:
+        _TOLD.add(vae)
+        log.warning(
+            "an image overflows in the VAE's %s, and is done again in float32, as further ones will be; "
+            "--no_half_vae does so from the start",
+            str(dtype).removeprefix("torch."),
+        )
+    vae.to(torch.float32)
+    try:
+        yield
+    finally:
+        vae.to(dtype)
 
 
 def encoder_digest(vae: Any) -> str:
@@ -56,6 +96,14 @@ def decode_latents(vae: Any, latents: Tensor, scale: float) -> Tensor:
     Returns:
         Pixels (B, 3, 8h, 8w) in [-1, 1].
     """
-    latents = (latents / scale).to(vae.device, vae.dtype)
-    pixels: Tensor = vae.decode(latents, return_dict=False)[0]
-    return pixels.float().clamp(-1, 1)
+    latents = latents.float() / scale
+    pixels = _decoded(vae, latents)
+    if vae.dtype != torch.float32 and not bool(pixels.isfinite().all()):
+        with _wide(vae):
+            pixels = _decoded(vae, latents)
+    return pixels.clamp(-1, 1)
+
+
+def _decoded(vae: Any, latents: Tensor) -> Tensor:
+    pixels: Tensor = vae.decode(latents.to(vae.device, vae.dtype), return_dict=False)[0]
+    return pixels.float()

@@ -7,6 +7,7 @@ from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
+from library.disk_space import room_for
 from library.files import write_json
 from library.training.privacy import shown_path
 
@@ -63,7 +64,8 @@ class BestModel:
         loss = losses.get(weights, math.nan) if measured_at == step else math.nan
         if not math.isfinite(loss) or (former is not None and loss >= former.loss):
             if self._mark is None:
-                self.path.unlink(missing_ok=True)
+                with room_for(self.path):
+                    self.path.unlink(missing_ok=True)
             return None
         self._write(Mark(file=path.name, step=step, loss=loss))
         log.info("best so far: %s (validation loss %.5f)", shown_path(path), loss)
@@ -78,8 +80,8 @@ class BestModel:
         return True
 
     def _write(self, mark: Mark) -> None:
-        self._mark = mark
         write_json(self.path, asdict(mark))
+        self._mark = mark
 
     def _read(self) -> Mark | None:
         try:

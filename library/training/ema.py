@@ -28,7 +28,7 @@ class WeightAverage:
 
     Attributes:
         decay: How much of the average stays at a step, below 1.
-        updates: Optimizer steps taken in so far; those that an fp16 scaler left out do not count.
+        updates: Optimizer steps taken in so far; those that were left out do not count.
     """
 
     def __init__(self, trained: nn.Module, *, decay: float, device: torch.device) -> None:

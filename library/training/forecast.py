@@ -1,11 +1,11 @@
 """What a run will write and when, told before it begins: models, states, previews, and the disk they need."""
 
-import shutil
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Final
 
+from library.disk_space import free_bytes, shown_size
 from library.training.naming import OutputNames, SavePlan, SavePoint
 from library.training.options import EmaOptions, PreviewOptions, SaveOptions
 from library.training.privacy import shown_path
@@ -131,27 +131,15 @@ class _Disk:
     state: int | None
 
     def line(self, folder: Path) -> str:
-        free = f"{_size(shutil.disk_usage(_existing(folder)).free)} free"
+        free = free_bytes(folder)
+        room = "free space unknown" if free is None else f"{shown_size(free)} free"
         if self.model is None or self.state is None:
-            return f"  disk: {self.models} models and {self.states} states at most, of unknown size; {free}"
+            return f"  disk: {self.models} models and {self.states} states at most, of unknown size; {room}"
         need = self.models * self.model + self.states * self.state
-        parts = f"{self.models} models of {_size(self.model)}"
+        parts = f"{self.models} models of {shown_size(self.model)}"
         if self.states:
-            parts += f", {self.states} states of up to {_size(self.state)}"
-        return f"  disk: about {_size(need)} at most ({parts}); {free}"
-
-
-def _existing(folder: Path) -> Path:
-    absolute = folder.absolute()
-    return next(part for part in (absolute, *absolute.parents) if part.exists())
-
-
-def _size(count: float) -> str:
-    for unit in ("B", "kB", "MB"):
-        if count < 1000:
-            return f"{count:.3g} {unit}"
-        count /= 1000
-    return f"{count:,.1f} GB"
+            parts += f", {self.states} states of up to {shown_size(self.state)}"
+        return f"  disk: about {shown_size(need)} at most ({parts}); {room}"
 
 
 def preview_lines(

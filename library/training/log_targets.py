@@ -10,6 +10,7 @@ from pathlib import Path
 from types import MappingProxyType, SimpleNamespace
 from typing import TYPE_CHECKING, Any, Final, Protocol
 
+from library.disk_space import may_write
 from library.errors import Problem, UserError, raise_if_any
 from library.options import did_you_mean
 from library.training.options import LoggingOptions
@@ -213,6 +214,10 @@ def check_logging(options: LoggingOptions) -> list[Problem]:
     folder = options.logging_dir
     if folder is not None and folder.exists() and not folder.is_dir():
         problems.append(Problem(f"{folder} is a file, not a folder", "--logging_dir", "Choose another folder."))
+    elif folder is not None and not may_write(folder):
+        problems.append(
+            Problem(f"{folder} cannot be written to", "--logging_dir", "Choose another folder, or allow it.")
+        )
     try:
         tracker_settings(options)
     except UserError as error:

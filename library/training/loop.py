@@ -1,6 +1,8 @@
 """The training loop: the only one, for every method. It knows steps, and nothing of diffusion."""
 
+import logging
 import random
+import time
 from collections.abc import Callable, Iterable, Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass
@@ -22,8 +24,10 @@ from library.training.signals import Interruption
 from library.training.tracking import LossAverage
 from library.training.updates import StepFacts, Update
 
+log = logging.getLogger(__name__)
+
 MOST_SKIPPED: Final = 40
-"""Steps in a row that an fp16 scaler may leave out: it halves its scale, 2^16 to begin with, each time."""
+"""Steps in a row that may be left out: an fp16 scaler halves its scale, 2^16 to begin with, each time."""
 
 
 def fit(
@@ -64,15 +68,13 @@ def fit(
         The number of finished steps; less than ``length.total_steps`` when interrupted.
 
     Raises:
-        UserError: The loss or the gradient is not finite; the step was not made.
+        UserError: The loss or the gradient is not finite, or always was where such steps are left out.
     """
     interruption = interruption or Interruption()
     average = losses or LossAverage()
     stream = iter(batches)
-    progress = tqdm(
-        total=length.total_steps, initial=start_step, desc="steps", smoothing=0.1, disable=not runtime.is_main
-    )
-    step, skipped = start_step, 0
+    progress = _progress_bar(length.total_steps, start_step, is_shown=runtime.is_main)
+    step, left_out = start_step, _LeftOut()
     with progress:
         while step < length.total_steps:
             shape = shape_of(step)
@@ -90,12 +92,12 @@ def fit(
             rates = learning_rates(optimizer)
             names = _Names(name_examples, micro_batches)
             gradient_norm = update.apply(StepFacts(step=step, loss=loss, images=names))
-            skipped = skipped + 1 if update.was_skipped else 0
-            _check_skipped(skipped, names)
+            left_out.add(names, was_skipped=update.was_skipped)
             schedule.step()
             epoch = length.epoch_of(step)
             average.add(epoch=epoch - 1, step=step % length.steps_per_epoch, loss=loss)
-            step += 1
+            metrics = method.after_step(step + 1)
+            step, update.has_begun = step + 1, False
             moment = Moment(
                 step=step,
                 epoch=epoch,
@@ -104,7 +106,7 @@ def fit(
                 loss=loss,
                 average_loss=average.value,
                 learning_rates=rates,
-                metrics={**method.after_step(step), "gradient_norm": gradient_norm},
+                metrics={**metrics, **left_out.metrics, "gradient_norm": gradient_norm},
                 interrupted=asked.stop,
                 save_requested=asked.save,
                 skipped=update.was_skipped,
@@ -115,7 +117,17 @@ def fit(
                 hook(moment)
             if asked.stop:
                 break
+    if left_out.total:
+        log.info("steps left out because loss or gradient was not finite: %d of %d", left_out.total, step - start_step)
     return step
+
+
+def _progress_bar(total: int, done: int, *, is_shown: bool) -> Any:
+    bar = tqdm(total=total, initial=done, desc="steps", smoothing=0.1, disable=not is_shown)
+    # The time of day, which it goes by, may be set while it runs.
+    bar._time = time.monotonic
+    bar.start_t = bar.last_print_t = bar._time()
+    return bar
 
 
 @dataclass(frozen=True, slots=True)
@@ -167,18 +179,32 @@ def _accumulate(
     return loss_sum / shape.examples, _Asked(stop=stop > 0, save=save > 0)
 
 
-def _check_skipped(skipped: int, names: _Names) -> None:
-    """End a run whose fp16 gradients overflow whatever the scale.
+class _LeftOut:
+    """Counts the steps that were left out."""
 
-    Raises:
-        UserError: ``skipped`` steps in a row were left out.
-    """
-    if skipped >= MOST_SKIPPED:
-        raise UserError(
-            f"the fp16 gradient was not finite in {skipped} steps in a row",
-            where=f"images: {names}",
-            remedy="Use --mixed_precision=bf16, or lower the learning rate. What was saved before is good.",
-        )
+    def __init__(self) -> None:
+        self.total = 0
+        self._in_a_row = 0
+
+    def add(self, names: _Names, *, was_skipped: bool) -> None:
+        """Take in a step.
+
+        Raises:
+            UserError: All are left out: the weights are spoilt, or fp16 overflows whatever the scale.
+        """
+        self._in_a_row = self._in_a_row + 1 if was_skipped else 0
+        self.total += was_skipped
+        if self._in_a_row >= MOST_SKIPPED:
+            raise UserError(
+                f"loss or gradient was not finite in {self._in_a_row} steps in a row",
+                where=f"images: {names}",
+                remedy="Use bf16 or fp32 instead of fp16, or lower the learning rate. What was saved before is good.",
+            )
+
+    @property
+    def metrics(self) -> dict[str, float]:
+        """Their number, once there are any."""
+        return {"skipped_steps": float(self.total)} if self.total else {}
 
 
 def _shown_rate(rates: dict[str, float]) -> str:

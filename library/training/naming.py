@@ -1,11 +1,11 @@
 """Names of results and states, when they are due, and which older ones they replace."""
 
-import os
 import re
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Literal
 
+from library.disk_space import may_write, nearest
 from library.errors import Problem
 from library.training.options import SaveOptions
 from library.training.progress import Moment
@@ -157,8 +157,8 @@ def check_saving(options: SaveOptions) -> list[Problem]:
             )
         ]
     folder = options.output_dir
-    existing = next((part for part in (folder, *folder.parents) if part.exists()), folder)
-    if existing.is_dir() and not os.access(existing, os.W_OK):
+    existing = nearest(folder)
+    if existing.is_dir() and not may_write(folder):
         return [
             Problem(
                 f"{existing} cannot be written to", where="--output_dir", remedy="Choose another folder, or allow it."

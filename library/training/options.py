@@ -80,6 +80,12 @@ class OptimizerOptions:
     max_grad_norm: float = option(
         1.0, minimum=0, metavar="NORM", help="Scale gradients down to this norm over all trained weights. 0 is off."
     )
+    on_nonfinite: str = option(
+        "stop",
+        choices=("stop", "skip"),
+        help="When loss or gradient of a step is not finite: end the run, or leave the step out, which counts as a "
+        "step and changes no weight. After 40 in a row the run ends in any case.",
+    )
     optimizer_args: tuple[str, ...] = option(
         (),
         metavar="KEY=VALUE",
@@ -92,8 +98,17 @@ class OptimizerOptions:
     )
 
     def problems(self) -> list[Problem]:
-        """Optimizers named twice, and limiting a gradient that is never whole."""
+        """Optimizers named twice, and looking at a gradient that is never whole."""
         found = []
+        if self.fused_backward_pass and self.on_nonfinite == "skip":
+            found.append(
+                Problem(
+                    "--fused_backward_pass cannot leave out a step: it has changed most weights when it comes to a "
+                    "gradient that is not finite",
+                    "--fused_backward_pass, --on_nonfinite skip",
+                    "Leave one of the two out.",
+                )
+            )
         if self.fused_backward_pass and self.max_grad_norm > 0:
             found.append(
                 Problem(

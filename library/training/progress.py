@@ -46,7 +46,7 @@ class Moment:
         metrics: Further figures to log, by tag.
         interrupted: The run was asked to stop and ends with this step.
         save_requested: The run was asked to save now.
-        skipped: An fp16 gradient overflowed, and the weights stayed as they were.
+        skipped: Loss or gradient was not finite, and the weights stayed as they were.
     """
 
     step: int

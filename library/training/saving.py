@@ -7,12 +7,13 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from library.errors import UserError
+from library.disk_space import CannotWriteError, room_for
 from library.files import discard, read_header
 from library.training.best import BestModel
 from library.training.naming import END, TIMED, OutputNames, SavePlan, SavePoint, finished_epochs
 from library.training.options import SaveOptions
 from library.training.privacy import shown_path
+from library.training.rescue import Keep, keep_or_fail
 from library.training.states import TrainingState, write_state
 from library.training.uploads import Uploads
 
@@ -39,6 +40,7 @@ class ModelSaver:
         weights: What is saved, as :class:`BestModel` calls it.
         uploads: Told of every saved model.
         saved: Told of every saved model.
+        keep: Writes below the folder of the results, or sees to what follows from its failing.
     """
 
     def __init__(
@@ -52,6 +54,7 @@ class ModelSaver:
         weights: str = "model",
         uploads: Uploads | None = None,
         saved: Saved | None = None,
+        keep: Keep = keep_or_fail,
     ) -> None:
         self._plan = plan
         self._names = names
@@ -61,6 +64,7 @@ class ModelSaver:
         self._weights = weights
         self._uploads = uploads
         self._saved = saved
+        self._keep = keep
         self.last_saved: Path | None = None
 
     @property
@@ -72,25 +76,46 @@ class ModelSaver:
         """Save what is due at ``moment``."""
         for point in self._plan.due(moment):
             epoch = finished_epochs(moment) if point.kind == "step" else moment.epoch
-            self.save(point, step=moment.step, epoch=epoch)
+            self.save(point, step=moment.step, epoch=epoch, last=point == END)
 
-    def save(self, point: SavePoint = END, *, step: int, epoch: int) -> None:
+    def save(self, point: SavePoint = END, *, step: int, epoch: int, last: bool = True) -> None:
         """Save the model under the name of ``point``, then remove the one it replaces.
 
+        Args:
+            point: The occasion.
+            step: Finished steps.
+            epoch: Finished epochs.
+            last: The run ends with it.
+
         Raises:
-            UserError: The file cannot be written, or is not whole after writing; nothing is removed then.
+            UserError: A weight is not finite; nothing is removed then.
         """
         if not self._is_main:
             return
-        path = self._names.model(point)
-        logger.info("saving checkpoint: %s", shown_path(path))
-        self._save(path, step, epoch)
-        _verify_model(path)
+
+        def write(folder: Path) -> Path:
+            path = folder / self._names.model(point).name
+            logger.info("saving checkpoint: %s", shown_path(path))
+            self._save(path, step, epoch)
+            _verify_model(path)
+            return path
+
+        path = self._keep(self._names.folder, write, last=last)
+        if path is None:
+            return
         self.last_saved = path
         if self._saved is not None:
             self._saved(path, step, epoch)
         if self._uploads is not None:
             self._uploads.add(path)
+        if path.parent != self._names.folder:
+            return
+        try:
+            self._remove_outdated(point, path, step)
+        except CannotWriteError as error:
+            logger.error("%s; no older checkpoint is removed", error.problems[0].what)
+
+    def _remove_outdated(self, point: SavePoint, path: Path, step: int) -> None:
         surpassed = self._best.saved(path, step, self._weights) if self._best is not None else None
         outdated = self._plan.outdated(point)
         for old in (surpassed, self._names.model(outdated) if outdated is not None else None):
@@ -110,6 +135,7 @@ class StateSaver:
         is_main: Only the main process writes.
         uploads: Told of every saved state.
         saved: Told of every saved state.
+        keep: As for models.
         clock: Seconds, whatever the time of day does; for tests.
     """
 
@@ -124,6 +150,7 @@ class StateSaver:
         is_main: bool = True,
         uploads: Uploads | None = None,
         saved: Saved | None = None,
+        keep: Keep = keep_or_fail,
         clock: Callable[[], float] = time.monotonic,
     ) -> None:
         self._plan = plan
@@ -134,6 +161,7 @@ class StateSaver:
         self._is_main = is_main
         self._uploads = uploads
         self._saved = saved
+        self._keep = keep
         self._clock = clock
         self._since = clock()
         self.last_saved: Path | None = None
@@ -156,40 +184,50 @@ class StateSaver:
         if not due and not moment.finished and minutes is not None and self._clock() - self._since >= 60 * minutes:
             due = [TIMED]
         for point in due:
-            self.save(point, step=moment.step, epoch=moment.epoch)
+            self.save(point, step=moment.step, epoch=moment.epoch, last=point == END)
 
-    def save(self, point: SavePoint = END, *, step: int, epoch: int) -> None:
+    def save(self, point: SavePoint = END, *, step: int, epoch: int, last: bool = True) -> None:
         """Save the state under the name of ``point``, then remove the one it replaces.
 
+        Args:
+            point: The occasion.
+            step: Finished steps.
+            epoch: The epoch of the last of them.
+            last: The run ends with it.
+
         Raises:
-            UserError: The folder cannot be written; nothing is removed then.
+            UserError: A weight is not finite; nothing is removed then.
         """
         if not self._is_main:
             return
-        path = self._names.state(point)
-        logger.info("saving state: %s", shown_path(path))
         self._before()
-        write_state(path, self._capture(step, epoch))
+
+        def write(folder: Path) -> Path:
+            path = folder / self._names.state(point).name
+            logger.info("saving state: %s", shown_path(path))
+            write_state(path, self._capture(step, epoch))
+            return path
+
+        path = self._keep(self._names.folder, write, last=last)
+        if path is None:
+            return
         self.last_saved = path
         self._since = self._clock()
         if self._saved is not None:
             self._saved(path, step, epoch)
         if self._uploads is not None:
             self._uploads.add(path)
-        outdated = self._plan.outdated(point)
+        outdated = self._plan.outdated(point) if path.parent == self._names.folder else None
         if outdated is not None:
             _remove(self._names.state(outdated), "removing old state: %s", self._uploads)
 
 
 def _verify_model(path: Path) -> None:
-    """Refuse to go on as if ``path`` were saved when it is missing, empty or cut off."""
-    files = [file for file in (path, *path.rglob("*")) if file.is_file()]
-    if not files or any(file.stat().st_size < _least_size(file) for file in files):
-        raise UserError(
-            f"{path.name} is not whole after saving",
-            where=str(path.parent),
-            remedy="Check the disk; earlier files are kept.",
-        )
+    """Refuse to go on as if ``path`` were saved when it is missing, empty or cut off: it cannot be written then."""
+    with room_for(path):
+        files = [file for file in (path, *path.rglob("*")) if file.is_file()]
+        if not files or any(file.stat().st_size < _least_size(file) for file in files):
+            raise OSError(f"{path.name} is not whole after saving")
 
 
 def _least_size(path: Path) -> int:

@@ -10,12 +10,13 @@ import os
 import pickle
 import shutil
 import uuid
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Final
 
+from library.disk_space import room_for
 from library.errors import Problem, UserError, raise_if_any
 from library.files import read_tensors, sha256_of_file, sync_folder, write_json, write_tensors, written_whole
 from library.training.clock import now
@@ -80,26 +81,41 @@ def write_state(folder: Path, state: TrainingState) -> None:
     """Write ``state`` to ``folder``, whole or not at all; a state of that name stays until the new one is complete.
 
     Raises:
-        UserError: The folder cannot be written to, or a tensor is not finite; a former state is kept.
+        CannotWriteError: The folder cannot be written to; a former state is kept.
+        UserError: A tensor is not finite.
     """
-    _recover(folder)
-    for leftover in folder.parent.glob(f"{_WRITING}*-{folder.name}"):
-        shutil.rmtree(leftover, ignore_errors=True)
     temporary = folder.with_name(f"{_WRITING}{uuid.uuid4().hex[:8]}-{folder.name}")
-    try:
-        temporary.mkdir(parents=True)
-        _write_contents(temporary, state)
-        reason = _incompleteness(temporary)
-        raise_if_any([_not_a_state(temporary, reason)] if reason else [])
-        _put_in_place(temporary, folder)
-    except OSError as error:
-        raise UserError(
-            f"cannot write the state {folder.name}: {error.strerror or error}",
-            where=str(folder.parent),
-            remedy="Free space on the disk or choose another folder; earlier states are untouched.",
-        ) from error
-    finally:
-        shutil.rmtree(temporary, ignore_errors=True)
+    with room_for(folder, size_of(state)):
+        try:
+            _recover(folder)
+            for leftover in folder.parent.glob(f"{_WRITING}*-{folder.name}"):
+                shutil.rmtree(leftover, ignore_errors=True)
+            temporary.mkdir(parents=True)
+            _write_contents(temporary, state)
+            reason = _incompleteness(temporary)
+            raise_if_any([_not_a_state(temporary, reason)] if reason else [])
+            _put_in_place(temporary, folder)
+        finally:
+            shutil.rmtree(temporary, ignore_errors=True)
+
+
+def size_of(state: TrainingState) -> int:
+    """Bytes of the tensors in ``state``, which is nearly all that is written of it."""
+    parts = (state.tensors, state.optimizer, state.scheduler, state.scaler, state.ema)
+    return sum(tensor.numel() * tensor.itemsize for part in parts for tensor in _tensors_in(part))
+
+
+def _tensors_in(content: Any) -> "Iterator[Tensor]":
+    import torch
+
+    if isinstance(content, torch.Tensor):
+        yield content
+    elif isinstance(content, Mapping):
+        for value in content.values():
+            yield from _tensors_in(value)
+    elif isinstance(content, list | tuple):
+        for value in content:
+            yield from _tensors_in(value)
 
 
 def _write_contents(folder: Path, state: TrainingState) -> None:
@@ -124,8 +140,9 @@ def _write_contents(folder: Path, state: TrainingState) -> None:
 def _write_pickle(path: Path, content: Mapping[str, Any]) -> None:
     import torch
 
-    # Given a name, the library would put it into the file.
-    with written_whole(path) as temporary, temporary.open("wb") as file:
+    size = sum(tensor.numel() * tensor.itemsize for tensor in _tensors_in(content))
+    # Given a name, the library would put it into the file, and not say what the system says.
+    with written_whole(path, size=size) as temporary, temporary.open("wb") as file:
         torch.save(dict(content), file)
 
 

@@ -12,6 +12,7 @@ from types import MappingProxyType, TracebackType
 from typing import TYPE_CHECKING, Any, Final, Self
 
 from library.training.log_targets import LogTarget, TensorBoardLog, WandbLog, check_logging, tracker_settings
+from library.training.log_thread import InBackground
 from library.training.options import LoggingOptions
 from library.training.privacy import shareable, shown_path
 from library.training.speed import Speed, memory_figures
@@ -35,12 +36,17 @@ class LossAverage:
         self._total = 0.0
 
     def add(self, *, epoch: int, step: int, loss: float) -> None:
-        """Take in the loss of step ``step``, from 0, of its epoch; it replaces that of the epoch before."""
+        """Take in the loss of step ``step``, from 0, of its epoch; it replaces that of the epoch before.
+
+        One that is not finite belongs to a step that was left out, and does not count.
+        """
         if step == 0:
             # Summed anew once an epoch: rounding errors of a running sum would pile up.
             self._total = math.fsum(self._losses.values())
-        self._total += loss - self._losses.get(step, 0.0)
-        self._losses[step] = loss
+        self._total -= self._losses.pop(step, 0.0)
+        if math.isfinite(loss):
+            self._losses[step] = loss
+            self._total += loss
 
     def state_dict(self) -> dict[str, Any]:
         """What :meth:`load_state_dict` goes on with."""
@@ -126,6 +132,7 @@ class Tracker:
         self._step = 0
         self._speed = speed
         self._targets: list[LogTarget] = []
+        self._given_up: list[str] = []
         if not is_main:
             return
         self._targets += more
@@ -140,8 +147,7 @@ class Tracker:
             self.folder = session / name
             text = None if shown is None else _as_text(shown)
             after = continued_at if former.get(_SESSION) == session.name else None
-            self._targets.append(TensorBoardLog(self.folder, settings["tensorboard"], text, continued_at=after))
-            logger.info("logging to %s", shown_path(self.folder))
+            self._begin_tensorboard(self.folder, settings["tensorboard"], text, after)
         if "wandb" in options.targets:
             online = WandbLog(
                 project=name,
@@ -157,6 +163,15 @@ class Tracker:
     def flush(self) -> None:
         """Write what has been logged so far."""
         self._tell(lambda target: target.flush())
+
+    def _begin_tensorboard(
+        self, folder: Path, settings: Mapping[str, Any], text: str | None, continued_at: int | None
+    ) -> None:
+        try:
+            self._targets.append(InBackground(TensorBoardLog(folder, settings, text, continued_at=continued_at)))
+            logger.info("logging to %s", shown_path(folder))
+        except OSError as problem:
+            self._give_up(TensorBoardLog.name, problem)
 
     def __call__(self, moment: "Moment") -> None:
         """Log the figures of ``moment``."""
@@ -192,11 +207,15 @@ class Tracker:
                 what(target)
             except Exception as error:
                 self._targets.remove(target)
-                logger.warning("nothing more is logged to %s: %s", target.name, error)
-                logger.debug("logging failed", exc_info=True)
+                self._give_up(target.name, error)
                 # Its threads end; that it cannot write any more is known.
                 with suppress(Exception):
                     target.close(failed=False)
+
+    def _give_up(self, name: str, problem: Exception) -> None:
+        self._given_up.append(f"the log in {name} ends after step {self._step}: {_reason(problem)}")
+        logger.warning("nothing more is logged to %s, and the run goes on: %s", name, _reason(problem))
+        logger.debug("logging failed", exc_info=True)
 
     def __enter__(self) -> Self:
         """The hook itself."""
@@ -212,8 +231,14 @@ class Tracker:
             try:
                 target.close(failed=kind is not None)
             except Exception as failure:
-                logger.warning("the end of the log is missing in %s: %s", target.name, failure)
+                logger.warning("the end of the log is missing in %s: %s", target.name, _reason(failure))
         self._targets.clear()
+        for what in self._given_up:
+            logger.warning(what)
+
+
+def _reason(problem: Exception) -> str:
+    return str(getattr(problem, "strerror", None) or problem)
 
 
 def _session(folder: Path, prefix: str, former: str | None) -> Path:

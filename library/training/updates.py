@@ -1,5 +1,6 @@
 """From gradients to new weights: after the backward pass, or within it."""
 
+import logging
 import math
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
@@ -13,6 +14,8 @@ from library.errors import UserError
 from library.randomness import key
 from library.runtime import Runtime
 from library.training.rounding import widened
+
+log = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -31,7 +34,13 @@ class StepFacts:
 
 
 class Update(Protocol):
-    """How the gradients of a step change the weights."""
+    """How the gradients of a step change the weights.
+
+    Attributes:
+        has_begun: Weights have been changed by a step that is not finished; the loop takes it back.
+    """
+
+    has_begun: bool
 
     def watching(self, step: int) -> AbstractContextManager[None]:
         """Wraps the backward passes of ``step``."""
@@ -45,7 +54,7 @@ class Update(Protocol):
 
     @property
     def was_skipped(self) -> bool:
-        """Whether an fp16 scaler has left the last step out."""
+        """Whether the last step was left out, and the weights are as they were."""
 
 
 class WholeUpdate:
@@ -56,12 +65,18 @@ class WholeUpdate:
         runtime: Processes and precision.
         max_grad_norm: Gradients are scaled down to this norm; 0 leaves them.
         coupled: The optimizer's step for a weight depends on the others, so that all are stepped together.
+        skips: Leave out a step whose loss or gradient is not finite, instead of ending the run.
     """
 
-    def __init__(self, optimizer: Any, runtime: Runtime, *, max_grad_norm: float, coupled: bool = False) -> None:
+    def __init__(
+        self, optimizer: Any, runtime: Runtime, *, max_grad_norm: float, coupled: bool = False, skips: bool = False
+    ) -> None:
         self._optimizer = optimizer
         self._coupled = coupled
         self._runtime = runtime
+        self._skips = skips
+        self.has_begun = False
+        self.was_skipped = False
         self._limit = max_grad_norm if max_grad_norm > 0 else math.inf
         self._steps = ParameterSteps(raw_optimizer(optimizer), runtime.seed)
 
@@ -74,21 +89,36 @@ class WholeUpdate:
         norm = float(self._runtime.accelerator.clip_grad_norm_(self._steps.parameters, self._limit))
         # An fp16 gradient may overflow: the scaler then skips the step and lowers its scale.
         checked = 0.0 if self._runtime.accelerator.scaler is not None else norm
-        _check_finite(facts, checked, "the step was not made")
-        if not self._steps.has_narrow_weights:
-            self._optimizer.step()
-        elif self._coupled:
-            self._steps.make_together(facts.step)
+        problem = _not_finite(facts, checked)
+        if problem is not None and not self._skips:
+            raise _stopped(facts, f"{problem}; the step was not made")
+        self.was_skipped = problem is not None
+        if problem is not None:
+            self._leave_out(facts, problem)
         else:
-            for number, parameter in enumerate(self._steps.parameters):
-                self._steps.make(number, parameter, facts.step)
+            self._step(facts.step)
         self._optimizer.zero_grad(set_to_none=True)
         return norm
 
-    @property
-    def was_skipped(self) -> bool:
-        """Whether an fp16 scaler has left the last step out."""
-        return not self._steps.has_narrow_weights and bool(self._optimizer.step_was_skipped)
+    def _step(self, step: int) -> None:
+        self.has_begun = True
+        if self._steps.has_narrow_weights and self._coupled:
+            self._steps.make_together(step)
+        elif self._steps.has_narrow_weights:
+            for number, parameter in enumerate(self._steps.parameters):
+                self._steps.make(number, parameter, step)
+        else:
+            self._optimizer.step()
+            self.was_skipped = bool(self._optimizer.step_was_skipped)
+            self.has_begun = not self.was_skipped
+
+    def _leave_out(self, facts: StepFacts, problem: str) -> None:
+        """Every process has the same loss and the same gradient, so all of them come here."""
+        images = ", ".join(self._runtime.from_all(str(facts.images)))
+        log.warning("%s; the step is left out; images: %s", problem, images)
+        if self._runtime.accelerator.scaler is not None:
+            # It has looked at the gradient, and waits to be told that the step is over.
+            self._runtime.accelerator.scaler.update()
 
 
 class FusedUpdate:
@@ -108,6 +138,7 @@ class FusedUpdate:
         self._optimizer = optimizer
         self._steps = ParameterSteps(raw_optimizer(optimizer), seed)
         self._squares: list[Tensor] = []
+        self.has_begun = False
 
     @contextmanager
     def watching(self, step: int) -> Iterator[None]:
@@ -131,6 +162,7 @@ class FusedUpdate:
             self._squares.append(square)
             # A weight whose gradient is not finite keeps its value; the run ends after the pass.
             if math.isfinite(float(square)):
+                self.has_begun = True
                 self._steps.make(number, parameter, step)
             parameter.grad = None
 
@@ -139,7 +171,9 @@ class FusedUpdate:
     def apply(self, facts: StepFacts) -> float:
         """Check what has been done."""
         norm = float(torch.stack(self._squares).sum().sqrt()) if self._squares else 0.0
-        _check_finite(facts, norm, "the step was made for the other weights only")
+        problem = _not_finite(facts, norm)
+        if problem is not None:
+            raise _stopped(facts, f"{problem}; the step was made for the other weights only")
         self._optimizer.zero_grad(set_to_none=True)
         return norm
 
@@ -203,14 +237,18 @@ def raw_optimizer(optimizer: Any) -> torch.optim.Optimizer:
     return inner
 
 
-def _check_finite(facts: StepFacts, norm: float, outcome: str) -> None:
-    """End the run when ``norm`` or the loss is not finite."""
+def _not_finite(facts: StepFacts, norm: float) -> str | None:
+    """What is not finite, ``norm`` or the loss; None where both are."""
     if math.isfinite(facts.loss) and math.isfinite(norm):
-        return
+        return None
     what = "gradient" if math.isfinite(facts.loss) else "loss"
-    raise UserError(
-        f"the {what} is not finite at step {facts.step + 1} (loss {facts.loss}, gradient norm {norm}); {outcome}",
+    return f"the {what} is not finite at step {facts.step + 1} (loss {facts.loss}, gradient norm {norm})"
+
+
+def _stopped(facts: StepFacts, what: str) -> UserError:
+    return UserError(
+        what,
         where=f"images: {facts.images}",
-        remedy="Lower the learning rate, check these images, or use bf16 or fp32 instead of fp16. "
-        "What was saved before is good.",
+        remedy="Lower the learning rate, check these images, or use bf16 or fp32 instead of fp16; --on_nonfinite skip "
+        "leaves such steps out. What was saved before is good.",
     )

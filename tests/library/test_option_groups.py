@@ -37,6 +37,7 @@ OURS = {
     "vae_slicing",
     "vae_tiling",
     "no_report",
+    "on_nonfinite",
     "no_manifest",
     "channels_last",
     "tf32",

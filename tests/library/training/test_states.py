@@ -184,7 +184,7 @@ def test_a_failing_write_keeps_the_former_state(tmp_path, monkeypatch):
         raise OSError(28, "No space left on device")
 
     monkeypatch.setattr(states, "sha256_of_file", full)
-    with pytest.raises(UserError, match="cannot write the state toy-state: No space left on device"):
+    with pytest.raises(UserError, match="cannot write toy-state: No space left on device"):
         write_state(folder, state_at(6))
     monkeypatch.undo()
     assert read_state(folder).step == 5
