@@ -222,9 +222,12 @@ def test_an_image_that_changes_while_it_is_encoded_is_rebuilt_next_time(folder, 
 
     def replacing(pixels):
         if (folder.parent / "new" / "0.png").exists():
-            for name in ("0.png", "1.png", "4.png"):
-                (folder / name).write_bytes((folder.parent / "new" / "0.png").read_bytes())
+            content = (folder.parent / "new" / "0.png").read_bytes()
             (folder.parent / "new" / "0.png").unlink()
+            for name in ("0.png", "1.png", "4.png"):
+                # In one go: another thread may be reading the image.
+                (folder.parent / "new" / "whole").write_bytes(content)
+                (folder.parent / "new" / "whole").replace(folder / name)
         return encode(pixels)
 
     DiskLatentCache.fill(data, replacing, vae="a", batch_size=1, progress=False)
