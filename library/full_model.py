@@ -9,7 +9,7 @@ from torch import Tensor, nn
 
 from library.data.dataset import Batch
 from library.full_model_options import TrainedParts
-from library.models.checkpointing import use_checkpointing
+from library.models.checkpointing import use_checkpointing, use_text_checkpointing
 from library.models.formats import ModelFormat
 from library.models.model_saving import save_model
 from library.models.options import ModelOptions, PromptOptions
@@ -87,9 +87,7 @@ class FullModelTraining:
         if gradient_checkpointing:
             use_checkpointing(task.model.unet, offload=offload_checkpoints)
         if gradient_checkpointing and parts.text_encoder:
-            task.model.text_encoder.gradient_checkpointing_enable(
-                gradient_checkpointing_kwargs={"use_reentrant": False}
-            )
+            use_text_checkpointing(task.model.text_encoder)
 
     def param_groups(self) -> list[dict[str, Any]]:
         """One group for all that is trained, named "unet"; a text encoder with a rate of its own is a second one."""

@@ -98,6 +98,9 @@ class Runtime:
         own = [name for name, value in module.named_parameters() if value.is_floating_point() and value.itemsize == 1]
         DistributedDataParallel._set_params_and_buffers_to_ignore_for_model(module, own)  # type: ignore[no-untyped-call]
         prepared: tuple[nn.Module, Any] = self.accelerator.prepare(module, optimizer)
+        if isinstance(prepared[0], DistributedDataParallel):
+            # No buffer changes in training, and an adapter has one for every module.
+            prepared[0].forward_sync_buffers = False
         return prepared
 
     def compile(self, *parts: "nn.Module") -> None:
@@ -230,8 +233,6 @@ def _accelerator(options: RuntimeOptions, *, cpu: bool, find_unused_parameters: 
                 find_unused_parameters=find_unused_parameters,
                 gradient_as_bucket_view=options.ddp_gradient_as_bucket_view,
                 static_graph=options.ddp_static_graph,
-                # No buffer changes in training, and an adapter has one for every module.
-                broadcast_buffers=False,
             ),
             InitProcessGroupKwargs(**processes),
         ],

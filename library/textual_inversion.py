@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from library.conditioning import ClipConditioning
 from library.data.dataset import Batch
 from library.files import write_tensors
-from library.models.checkpointing import use_checkpointing
+from library.models.checkpointing import use_checkpointing, use_text_checkpointing
 from library.models.embedding_files import read_embedding
 from library.models.embedding_options import EmbeddingOptions
 from library.models.new_tokens import TokenRows, add_tokens, extend, random_rows, rows_of_words
@@ -152,11 +152,8 @@ class EmbeddingTraining:
         self._learning_rate = learning_rate
         self._dtype = save_dtype(save_precision)
         if gradient_checkpointing:
-            text_encoder = task.model.text_encoder
-            # The text encoder recomputes only in training mode, where it differs in nothing else: CLIP has no dropout.
             use_checkpointing(task.model.unet, offload=offload_checkpoints)
-            text_encoder.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
-            text_encoder.train()
+            use_text_checkpointing(task.model.text_encoder)
 
     def param_groups(self) -> list[dict[str, Any]]:
         """The new rows."""

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from library.data.dataset import Batch
 from library.errors import UserError
 from library.files import written_whole
-from library.models.checkpointing import use_checkpointing
+from library.models.checkpointing import use_checkpointing, use_text_checkpointing
 from library.models.precision import save_dtype
 from library.task import DenoisingTask
 from networks.loading import parameter_groups
@@ -65,10 +65,8 @@ class NetworkTraining:
         self.module.eval()
         network.on_epoch_start(text_encoder, unet)
         if gradient_checkpointing:
-            # The text encoder recomputes only in training mode, where it differs in nothing else: CLIP has no dropout.
             use_checkpointing(unet, offload=offload_checkpoints)
-            text_encoder.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
-            text_encoder.train()
+            use_text_checkpointing(text_encoder)
             network.enable_gradient_checkpointing()
         network.on_step_start()
 

@@ -1,4 +1,4 @@
-"""Gradient checkpointing of the U-Net whose stored activations wait in main memory."""
+"""Gradient checkpointing: of the U-Net, whose stored activations may wait in main memory, and of the text encoder."""
 
 from collections.abc import Callable
 from typing import Any
@@ -15,6 +15,15 @@ def use_checkpointing(unet: Any, *, offload: bool) -> None:
         offload: Keep what enters each block in main memory until then, which on a GPU trades time for its memory.
     """
     unet.enable_gradient_checkpointing(_offloading if offload else None)
+
+
+def use_text_checkpointing(text_encoder: Any) -> None:
+    """Let the layers of ``text_encoder``, a ``CLIPTextModel``, be computed again in the backward pass.
+
+    They are only in training mode, where it differs in nothing else: CLIP has no dropout.
+    """
+    text_encoder.activation_checkpointing_enable(activation_checkpointing_kwargs={"use_reentrant": False})
+    text_encoder.train()
 
 
 def _offloading(block: Callable[..., Any], *given: Any) -> Any:

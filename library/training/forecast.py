@@ -10,6 +10,7 @@ from library.training.naming import OutputNames, SavePlan, SavePoint
 from library.training.options import EmaOptions, PreviewOptions, SaveOptions
 from library.training.privacy import shown_path
 from library.training.progress import Moment, RunLength
+from library.training.prompt_files import PreviewPrompt
 
 _MOST_NAMED: Final = 4
 _BYTES_OF: Final = {None: 4, "float": 4, "fp16": 2, "bf16": 2}
@@ -143,9 +144,9 @@ class _Disk:
 
 
 def preview_lines(
-    options: PreviewOptions, prompts: Sequence[object], length: RunLength, *, start_step: int = 0
+    options: PreviewOptions, prompts: Sequence[PreviewPrompt], length: RunLength, *, start_step: int = 0
 ) -> list[str]:
-    """When previews are made, and how many; nothing where none are."""
+    """When previews are made, with which samplers, and how many; nothing where none are."""
     if not prompts:
         return []
     settled = options.settled()
@@ -162,7 +163,13 @@ def preview_lines(
         occasions.append(f"after every {_ordinal(steps)}step")
         times += length.total_steps // steps - start_step // steps
     when = " and ".join(occasions) or "never"
-    return [f"previews of {len(prompts)} prompts {when}: {times} times, {times * len(prompts)} images"]
+    samplers = ", ".join(dict.fromkeys(prompt.sampler for prompt in prompts))
+    prompted, timed = _counted(len(prompts), "prompt"), _counted(times, "time")
+    return [f"previews of {prompted} ({samplers}) {when}: {timed}, {_counted(times * len(prompts), 'image')}"]
+
+
+def _counted(number: int, what: str) -> str:
+    return f"{number} {what}" + ("" if number == 1 else "s")
 
 
 def _ordinal(number: int) -> str:

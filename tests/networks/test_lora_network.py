@@ -10,6 +10,7 @@ from safetensors.torch import load_file, save_file
 
 from library.errors import UserError
 from library.files import tensor_hashes
+from library.models.checkpointing import use_text_checkpointing
 from networks.lora import create_network, create_network_from_weights
 from tests.tiny import CONFIGS, tiny_parts
 
@@ -379,8 +380,7 @@ def losses_and_gradients(parts, *, checkpointing):
     network.on_epoch_start(parts.text_encoder, parts.unet)
     if checkpointing:
         parts.unet.enable_gradient_checkpointing()
-        parts.text_encoder.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
-        parts.text_encoder.train()
+        use_text_checkpointing(parts.text_encoder)
     torch.manual_seed(3)
     noisy, ids = torch.randn(1, 4, 8, 8), torch.randint(0, 49000, (1, 77))
     context = parts.text_encoder(ids).last_hidden_state
@@ -389,7 +389,6 @@ def losses_and_gradients(parts, *, checkpointing):
     return loss.item(), {name: p.grad for name, p in network.named_parameters() if p.grad is not None}
 
 
-@pytest.mark.filterwarnings("ignore:.*gradient_checkpointing_enable.*:FutureWarning")
 def test_gradient_checkpointing_repeats_the_dropouts():
     plain_loss, plain = losses_and_gradients(tiny_parts(), checkpointing=False)
     loss, gradients = losses_and_gradients(tiny_parts(), checkpointing=True)

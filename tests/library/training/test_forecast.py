@@ -6,8 +6,13 @@ from library.training.forecast import forecast, preview_lines, saving_lines
 from library.training.naming import END, OutputNames, SavePlan, SavePoint
 from library.training.options import PreviewOptions, SaveOptions
 from library.training.progress import RunLength
+from library.training.prompt_files import PreviewPrompt
 
 LENGTH = RunLength(total_steps=10, steps_per_epoch=4)
+
+
+def prompt(sampler):
+    return PreviewPrompt(prompt="a thing", sampler=sampler)
 
 
 def points(*told):
@@ -75,14 +80,22 @@ def test_many_files_are_shortened(tmp_path):
     ("options", "told"),
     [
         ({}, "never: 0 times, 0 images"),
-        ({"sample_every_n_epochs": 1}, "after every epoch: 2 times, 4 images"),
-        ({"sample_every_n_steps": 3}, "after every 3rd step: 3 times, 6 images"),
+        ({"sample_every_n_epochs": 1}, "after every epoch: 2 times, 6 images"),
+        ({"sample_every_n_steps": 3}, "after every 3rd step: 3 times, 9 images"),
         ({"sample_every_n_epochs": 2, "sample_at_first": True}, "before training and after every 2nd epoch: 2 times"),
     ],
 )
 def test_previews_are_counted(options, told):
-    (line,) = preview_lines(PreviewOptions(**options), ["one", "two"], LENGTH)
+    (line,) = preview_lines(PreviewOptions(**options), [prompt("ddim"), prompt("euler"), prompt("ddim")], LENGTH)
+    assert line.startswith("previews of 3 prompts (ddim, euler) ")
     assert told in line
+
+
+def test_one_is_counted_as_one():
+    options = PreviewOptions(sample_at_first=True)
+    assert preview_lines(options, [prompt("ddim")], LENGTH) == [
+        "previews of 1 prompt (ddim) before training: 1 time, 1 image"
+    ]
 
 
 def test_without_prompts_nothing_is_said():
