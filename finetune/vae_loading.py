@@ -1,12 +1,11 @@
 """The VAE of a model, without the rest of the model."""
 
-import json
 from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from library.errors import UserError
-from library.models.detect import describe_vae, vae_folder, weight_file
+from library.models.detect import describe_vae, read_config, vae_folder, weight_file
 
 if TYPE_CHECKING:
     import torch
@@ -55,7 +54,7 @@ def load_vae(source: str, dtype: "torch.dtype") -> Any:
     where = f"{FLAG} {source}"
     path = _local(source) or vae_folder(fetch_vae(source))
     if path.is_dir():
-        config = json.loads((path / "config.json").read_text(encoding="utf-8"))
+        config = read_config(path / "config.json")
         weights = PartWeights(config, vae_from_folder(read_tensors(weight_file(path, "vae")).tensors))
     else:
         weights = vae_of_checkpoint(read_tensors(path, mapped=True), where=where, beside=path.with_name("config.json"))

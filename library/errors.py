@@ -11,6 +11,7 @@ from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from typing import NoReturn
 
+from library.documents import printable
 from library.streams import outlive_the_screen
 
 EXIT_USER_ERROR = 2
@@ -32,11 +33,12 @@ class Problem:
     remedy: str | None = None
 
     def __str__(self) -> str:
-        lines = [self.what]
+        # Names of files are in it, which may hold anything.
+        lines = [printable(self.what)]
         if self.where:
-            lines.append(f"  where:  {self.where}")
+            lines.append(f"  where:  {printable(self.where)}")
         if self.remedy:
-            lines.append(f"  remedy: {self.remedy}")
+            lines.append(f"  remedy: {printable(self.remedy)}")
         return "\n".join(lines)
 
 

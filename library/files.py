@@ -21,6 +21,15 @@ from typing import TYPE_CHECKING, Any, Final
 
 from library.disk_space import room_for
 from library.errors import UserError
+from library.tensor_headers import (
+    DTYPE_NAMES,
+    METADATA,
+    HeaderError,
+    check_archive,
+    check_tensors,
+    is_archive,
+    safetensors_header,
+)
 
 if TYPE_CHECKING:
     import torch
@@ -35,11 +44,6 @@ _LONGEST_NAME: Final = 255
 """Bytes of a file name, on every usual system."""
 _RECORD: Final = 640
 """Bytes that a tensor takes in a torch file besides its numbers, about."""
-_SAFETENSORS_DTYPES: Final = {
-    "bool": "BOOL", "uint8": "U8", "int8": "I8", "uint16": "U16", "int16": "I16", "uint32": "U32", "int32": "I32",
-    "uint64": "U64", "int64": "I64", "float8_e4m3fn": "F8_E4M3", "float8_e5m2": "F8_E5M2", "float16": "F16",
-    "bfloat16": "BF16", "float32": "F32", "float64": "F64", "complex64": "C64",
-}  # fmt: skip
 
 
 @dataclass(frozen=True)
@@ -69,12 +73,13 @@ def read_tensors(path: Path, *, mapped: bool = False) -> TensorFile:
         raise UserError(f"file not found: {path.name}", where=str(path), remedy="Check the path.")
     if path.suffix.lower() == ".safetensors":
         return _read_safetensors(path)
-    return _read_torch(path, mapped=mapped and zipfile.is_zipfile(path))
+    return _read_torch(path, mapped=mapped and is_archive(path))
 
 
 def _read_safetensors(path: Path) -> TensorFile:
     from safetensors import SafetensorError, safe_open
 
+    read_header(path)
     try:
         with safe_open(str(path), framework="pt", device="cpu") as file:
             return TensorFile({name: file.get_tensor(name) for name in file.keys()}, dict(file.metadata() or {}))  # noqa: SIM118
@@ -90,6 +95,7 @@ def _read_torch(path: Path, *, mapped: bool) -> TensorFile:
     import torch
 
     try:
+        check_archive(path)
         # Stable Diffusion's first checkpoints name this class of their trainer; a name is all that is made of it.
         with torch.serialization.safe_globals(
             [(_Ignored, "pytorch_lightning.callbacks.model_checkpoint.ModelCheckpoint")]
@@ -102,11 +108,7 @@ def _read_torch(path: Path, *, mapped: bool) -> TensorFile:
             remedy="Convert it to .safetensors with a tool and a machine you trust, then use that file.",
         ) from error
     except Exception as error:  # whatever the bytes make the reader stumble over
-        raise UserError(
-            f"not a readable torch file: {str(error).splitlines()[0] if str(error) else type(error).__name__}",
-            where=str(path),
-            remedy="The file is damaged or not a model: download or save it again.",
-        ) from error
+        raise _unreadable_torch(path, error) from error
     if not isinstance(content, dict):
         raise UserError(
             f"expected named tensors, found {type(content).__name__}",
@@ -116,9 +118,22 @@ def _read_torch(path: Path, *, mapped: bool) -> TensorFile:
     inner = content.get("state_dict")
     source = inner if isinstance(inner, dict) else content
     tensors = {str(name): value for name, value in source.items() if isinstance(value, torch.Tensor)}
+    try:
+        check_tensors(tensors, path.stat().st_size)
+    except HeaderError as error:
+        raise _unreadable_torch(path, error) from error
     kept = content if source is not content else source
     extra = {str(k): v for k, v in kept.items() if not isinstance(v, torch.Tensor) and k != "state_dict"}
     return TensorFile(tensors, {}, extra)
+
+
+def _unreadable_torch(path: Path, error: Exception) -> UserError:
+    reason = str(error).splitlines()[0] if str(error) else type(error).__name__
+    return UserError(
+        f"not a readable torch file: {reason}",
+        where=str(path),
+        remedy="The file is damaged or not a model: download or save it again.",
+    )
 
 
 class _Ignored:
@@ -128,8 +143,8 @@ class _Ignored:
 def read_metadata(path: Path) -> dict[str, str]:
     """The text metadata of a ``.safetensors`` file, without reading its tensors; empty for every other file."""
     header = read_header(path)
-    metadata = header.get("__metadata__", {}) if header else {}
-    return {str(name): str(value) for name, value in metadata.items()}
+    metadata: dict[str, str] = header.get(METADATA, {})
+    return metadata
 
 
 def read_header(path: Path) -> dict[str, Any]:
@@ -141,15 +156,8 @@ def read_header(path: Path) -> dict[str, Any]:
     if path.suffix.lower() != ".safetensors" or not path.is_file():
         return {}
     try:
-        with path.open("rb") as file:
-            (length,) = struct.unpack("<Q", file.read(8))
-            if length > path.stat().st_size:
-                raise ValueError("the header is longer than the file")
-            header = json.loads(file.read(length))
-            if not isinstance(header, dict):
-                raise ValueError("the header is no table")
-            return header
-    except (OSError, ValueError, struct.error) as error:
+        return safetensors_header(path)
+    except (OSError, HeaderError) as error:
         raise UserError(
             f"not a readable safetensors file: {error}",
             where=str(path),
@@ -416,7 +424,7 @@ def _safetensors_layout(
     end = 0
     for name in names:
         start, end = end, end + tensors[name].numel() * dtypes[name].itemsize
-        kind = _SAFETENSORS_DTYPES[str(dtypes[name]).removeprefix("torch.")]
+        kind = DTYPE_NAMES[str(dtypes[name]).removeprefix("torch.")]
         header[name] = {"dtype": kind, "shape": list(tensors[name].shape), "data_offsets": [start, end]}
     content = json.dumps(header, ensure_ascii=False, separators=(",", ":")).encode()
     content = content.ljust(-(-len(content) // 8) * 8)
@@ -435,17 +443,14 @@ def _write_safetensors(path: Path, header: bytes, tensors: "Iterable[Tensor]") -
 
 def _check_whole(path: Path) -> None:
     """Look at a finished tensor file once more: an ``OSError`` for one that does not have the length it says."""
-    if path.suffix.lower() != ".safetensors":
+    try:
+        if path.suffix.lower() == ".safetensors":
+            safetensors_header(path)
         # The directory of an archive is its end.
-        if not zipfile.is_zipfile(path):
-            raise OSError("the file is not whole after writing")
-        return
-    with path.open("rb") as file:
-        (length,) = struct.unpack("<Q", file.read(8))
-    tensors = (facts for name, facts in read_header(path).items() if name != "__metadata__")
-    end = max((facts["data_offsets"][1] for facts in tensors), default=0)
-    if path.stat().st_size != 8 + length + end:
-        raise OSError("the file is not whole after writing")
+        elif not zipfile.is_zipfile(path):
+            raise HeaderError("it has no directory")
+    except HeaderError as error:
+        raise OSError("the file is not whole after writing") from error
 
 
 def _alone(tensor: "Tensor") -> "Tensor":

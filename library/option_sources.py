@@ -1,12 +1,12 @@
 """Where options are given: the command line and a TOML file. Both end as names with what was written, and the place."""
 
 import re
-import tomllib
 from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Final
 
+from library.documents import DocumentError, decode_text, parse_toml
 from library.errors import Problem
 from library.option_fields import Declared
 from library.option_foreign import FOREIGN_KEYS
@@ -18,6 +18,8 @@ CONFIG_FLAGS: Final = ("config_file", "output_config")
 _ASSIGNMENT: Final = re.compile(r"""\s*((?:[\w-]+|"[^"]*"|'[^']*')(?:\s*\.\s*(?:[\w-]+|"[^"]*"|'[^']*'))*)\s*=""")
 _HEADER: Final = re.compile(r"\s*\[\s*([^\[\]]+?)\s*\]")
 _NEGATION: Final = "no_"
+_MOST_PROBLEMS: Final = 100
+"""Mistakes of one file that are told: looking for the nearest name of each takes time."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -175,25 +177,29 @@ def read_config(path: Path, declared: Mapping[str, Declared], ignored: Collectio
     source = Source()
     text = _read_text(path, source)
     try:
-        content = tomllib.loads(text)
-    except tomllib.TOMLDecodeError as error:
-        source.problems.append(Problem(f"not valid TOML: {error}", str(path), _toml_remedy(str(error), text)))
+        content = parse_toml(text)
+    except DocumentError as error:
+        what = str(error).removeprefix("it is ")
+        source.problems.append(Problem(what, str(path), _toml_remedy(str(error), text)))
         return source
     lines = _lines(text)
     for section, name, raw in _flattened(content):
         line = lines.get((section, name))
         where = f"{path}, line {line}" if line else str(path)
         _read_key(name, raw, where, declared, source, ignored)
+        if len(source.problems) >= _MOST_PROBLEMS:
+            source.problems.append(Problem("further mistakes are not listed", str(path), "Mend these first."))
+            break
     _keep_last(source)
     return source
 
 
 def _read_text(path: Path, source: Source) -> str:
     try:
-        return path.read_text(encoding="utf-8-sig")
+        return decode_text(path.read_bytes())
     except FileNotFoundError:
         source.problems.append(Problem(f"configuration file not found: {path}", "--config_file", near_remedy(path)))
-    except UnicodeDecodeError:
+    except DocumentError:
         source.problems.append(Problem("the file is not UTF-8 text", str(path), "Save it as UTF-8."))
     except OSError as error:
         remedy = "Give a file that can be read."

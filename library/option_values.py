@@ -7,6 +7,7 @@ from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 from typing import Any, Final, Union, get_args, get_origin
 
+from library.documents import path_objection
 from library.errors import Problem
 from library.option_fields import Declared, OptionFacts
 
@@ -59,6 +60,8 @@ def to_text(raw: object) -> str:
 def to_path(raw: object) -> Path:
     """A path."""
     if isinstance(raw, str) and raw:
+        if objection := path_objection(raw):
+            raise ValueError(f"expects a path: {objection}")
         return Path(raw)
     raise ValueError("expects a path")
 

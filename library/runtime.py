@@ -16,6 +16,7 @@ from datetime import timedelta
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from library.documents import printable_lines
 from library.errors import Problem, UserError, raise_if_any
 from library.messages import KeepMessages
 from library.runtime_options import ConsoleOptions, RuntimeOptions
@@ -127,7 +128,7 @@ def set_up_logging(options: ConsoleOptions) -> None:
     else:
         new = _ConsoleHandler(sys.stdout if options.console_log_simple else sys.stderr)
     simple = options.console_log_simple and not options.console_log_file
-    lines = _FileLines if options.console_log_file else logging.Formatter
+    lines = _FileLines if options.console_log_file else _Lines
     new.setFormatter(lines("%(message)s" if simple else "%(asctime)s %(levelname)s %(message)s", "%H:%M:%S"))
     root.addHandler(new)
     root.addHandler(KeepMessages())
@@ -138,7 +139,14 @@ def set_up_logging(options: ConsoleOptions) -> None:
         logging.getLogger(name).setLevel(max(level, logging.WARNING))
 
 
-class _FileLines(logging.Formatter):
+class _Lines(logging.Formatter):
+    """Names of files and captions are in many lines, and may hold what would steer a terminal."""
+
+    def format(self, record: logging.LogRecord) -> str:
+        return printable_lines(super().format(record))
+
+
+class _FileLines(_Lines):
     """Lines for a file, which may be passed on: the screen alone shows whole paths."""
 
     def format(self, record: logging.LogRecord) -> str:

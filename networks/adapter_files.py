@@ -92,9 +92,11 @@ def is_pointwise_shape(shape: Shape) -> bool:
 
 def lora_dims(shapes: Mapping[str, Shape]) -> dict[str, int]:
     """Rank of each module of a LoRA file, by module name."""
-    return {name.removesuffix(DOWN): shape[0] for name, shape in shapes.items() if name.endswith(DOWN)}
+    return {name.removesuffix(DOWN): shape[0] for name, shape in shapes.items() if name.endswith(DOWN) and shape}
 
 
 def oft_blocks(shapes: Mapping[str, Shape]) -> dict[str, int]:
     """Number of blocks of each module of an OFT file, by module name."""
-    return {name.removesuffix(OFT_BLOCKS): shape[0] for name, shape in shapes.items() if name.endswith(OFT_BLOCKS)}
+    return {
+        name.removesuffix(OFT_BLOCKS): shape[0] for name, shape in shapes.items() if name.endswith(OFT_BLOCKS) and shape
+    }

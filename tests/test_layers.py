@@ -8,7 +8,15 @@ import pytest
 ROOT = Path(__file__).parent.parent
 
 # Lower layers first; a module may import its own layer's package and every layer below it.
-BASE = ["library.errors", "library.streams", "library.disk_space", "library.files", "library.scrubbing"]
+BASE = [
+    "library.errors",
+    "library.streams",
+    "library.disk_space",
+    "library.documents",
+    "library.files",
+    "library.scrubbing",
+    "library.tensor_headers",
+]
 OPTIONS = [
     "library.options",
     "library.option_fields",

@@ -3,9 +3,13 @@
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Final
 
 from library.data.spec import BucketRules, Size
 from library.errors import UserError
+
+_MOST_COVER: Final = 64
+"""How many times the area of its bucket an image may have when it is resized; the rest is cut off."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -61,7 +65,7 @@ def place(size: Size, resolution: Size, rules: BucketRules, resolutions: Sequenc
         resolutions: What :func:`bucket_resolutions` gives for the two.
 
     Raises:
-        UserError: The image is too small or too narrow for a bucket and must not be enlarged.
+        UserError: The image is too narrow, or too small for a bucket and must not be enlarged.
     """
     if rules.enable_bucket and rules.bucket_no_upscale:
         return _place_without_enlarging(size, resolution[0] * resolution[1], rules.bucket_reso_steps)
@@ -76,11 +80,22 @@ def nearest_aspect(size: Size, resolutions: Sequence[Size]) -> Size:
 
 
 def cover(size: Size, bucket: Size) -> Size:
-    """``size`` scaled, aspect ratio kept, so that it just covers ``bucket``; rounded to whole pixels."""
+    """``size`` scaled, aspect ratio kept, so that it just covers ``bucket``; rounded to whole pixels.
+
+    Raises:
+        UserError: It would become very much larger than the bucket.
+    """
     width, height = size
     is_wider = width / height > bucket[0] / bucket[1]
     scale = bucket[1] / height if is_wider else bucket[0] / width
-    return int(width * scale + 0.5), int(height * scale + 0.5)
+    resized = int(width * scale + 0.5), int(height * scale + 0.5)
+    if resized[0] * resized[1] > _MOST_COVER * bucket[0] * bucket[1]:
+        raise UserError(
+            f"an image of {width}x{height} pixels is too narrow: to cover {bucket[0]}x{bucket[1]}, it would be resized "
+            f"to {resized[0]}x{resized[1]}",
+            remedy="Remove the image, or crop it to a less extreme shape.",
+        )
+    return resized
 
 
 def _place_without_enlarging(size: Size, area: int, step: int) -> Placement:

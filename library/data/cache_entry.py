@@ -28,6 +28,7 @@ from numpy.typing import NDArray
 from library.data.folders import IMAGE_SUFFIXES
 from library.data.images import ImageView, centre_origin, filter_of
 from library.data.spec import Size
+from library.documents import parse_json
 from library.files import write_bytes
 
 ENCODING_VERSION: Final = 1
@@ -43,6 +44,11 @@ _CHECKSUM_BYTES: Final = 32
 _LENGTH_BYTES: Final = 8
 _ARRAYS: Final = ("latents", "latents_std", "latents_flipped", "latents_flipped_std", "alpha_mask")
 _OLD_ARRAY: Final = "arr_0"
+_KNOWN: Final = frozenset((*_ARRAYS, _FACTS, _OLD_ARRAY, "original_size", "crop_ltrb"))
+_LARGEST: Final = 1 << 28
+"""Bytes of an archive, unpacked: several times those of the largest image that is trained on."""
+
+_LONGEST_SIDE: Final = 1 << 30
 _OLD_MIRRORED: Final = "_flip"
 """Ends the stem of the older files with mirrored latents."""
 _SAME_FILTER: Final[Mapping[str, str]] = {"linear": "bilinear", "cubic": "bicubic"}
@@ -278,14 +284,25 @@ def read_entry(path: Path) -> Entry:
         raise UnusableEntryError(f"cannot be read: {error.strerror or error}") from error
     if content.endswith(_MARK):
         return _ours(content)
-    try:
-        with np.load(io.BytesIO(content), allow_pickle=False) as archive:
-            arrays = {name: archive[name] for name in archive.files}
-    except Exception as error:  # whatever the bytes make the reader stumble over
-        raise UnusableEntryError("damaged: not a whole .npz file") from error
+    arrays = _unpacked(content, path.name)
     if _FACTS in arrays:
         raise UnusableEntryError("damaged: another program has changed it")
     return _old(arrays, path) if _OLD_ARRAY in arrays else _foreign(arrays)
+
+
+def _unpacked(content: bytes | bytearray, name: str) -> dict[str, NDArray[Any]]:
+    """The arrays of an archive, which is called ``name``, as far as anything is made of them."""
+    try:
+        with zipfile.ZipFile(io.BytesIO(content)) as members:
+            size = sum(member.file_size for member in members.infolist())
+        if size > _LARGEST:
+            raise UnusableEntryError(f"{name} would have {size:,} bytes when it is unpacked, as no latents do")
+        with np.load(io.BytesIO(content), allow_pickle=False) as archive:
+            return {known: archive[known] for known in archive.files if known in _KNOWN}
+    except UnusableEntryError:
+        raise
+    except Exception as error:  # whatever the bytes make the reader stumble over
+        raise UnusableEntryError(f"damaged: {name} is not a whole .npz file") from error
 
 
 def _ours(content: bytearray) -> Entry:
@@ -294,12 +311,14 @@ def _ours(content: bytearray) -> Entry:
     if checksum_at < 0 or content[checksum_at:length_at] != _checksum(content[:checksum_at]).encode():
         raise UnusableEntryError("damaged: the checksum differs")
     try:
-        description = json.loads(content[checksum_at - int(content[length_at : -len(_MARK)], 16) : checksum_at])
+        description = parse_json(content[checksum_at - int(content[length_at : -len(_MARK)], 16) : checksum_at])
         settings = description["settings"]
         for name in ("bucket", "resized", "origin"):
             settings[name] = tuple(settings[name])
         arrays = {name: _array(content, *where) for name, where in description["arrays"].items()}
-        width, height = description["original_size"]
+        for name in arrays.keys() - {"alpha_mask"}:
+            _sample(arrays[name])
+        width, height = _image_size(description["original_size"])
         return Entry(
             mean=arrays["latents"],
             std=arrays["latents_std"],
@@ -311,8 +330,15 @@ def _ours(content: bytearray) -> Entry:
             settings=Settings(**settings),
             source=Source(**description["source"]),
         )
-    except (KeyError, ValueError, TypeError) as error:
+    except (LookupError, ValueError, TypeError, AttributeError, OverflowError) as error:
         raise UnusableEntryError("damaged: its description cannot be read") from error
+
+
+def _image_size(sides: Sequence[Any]) -> Size:
+    width, height = (int(side) for side in sides)
+    if not (0 < width <= _LONGEST_SIDE and 0 < height <= _LONGEST_SIDE):
+        raise ValueError("no size of an image")
+    return width, height
 
 
 def _array(content: bytearray, position: int, shape: Sequence[int]) -> Latents:
@@ -327,14 +353,14 @@ def _old(arrays: Mapping[str, NDArray[Any]], path: Path) -> Entry:
     # Beside an image of that name the file holds its own latents.
     if not any(beside.with_suffix(suffix).exists() for suffix in IMAGE_SUFFIXES):
         try:
-            with np.load(beside, allow_pickle=False) as archive:
-                mirrored = _sample(archive[_OLD_ARRAY])
+            pair = _unpacked(beside.read_bytes(), beside.name)
         except FileNotFoundError:
-            pass
-        except UnusableEntryError:
-            raise
-        except Exception as error:  # whatever the bytes make the reader stumble over
-            raise UnusableEntryError(f"damaged: {beside.name} beside it is not a whole .npz file") from error
+            pair = {}
+        except OSError as error:
+            raise UnusableEntryError(f"{beside.name} beside it cannot be read: {error.strerror or error}") from error
+        if pair and _OLD_ARRAY not in pair:
+            raise UnusableEntryError(f"damaged: {beside.name} beside it holds something else")
+        mirrored = _sample(pair[_OLD_ARRAY]) if pair else None
     return _of_samples(latents, mirrored, original_size=None, mask=None)
 
 
@@ -342,18 +368,19 @@ def _foreign(arrays: Mapping[str, NDArray[Any]]) -> Entry:
     missing = [name for name in ("latents", "original_size", "crop_ltrb") if name not in arrays]
     if missing:
         raise UnusableEntryError(f"not a file of latents: no {', '.join(missing)}")
-    size = arrays["original_size"].ravel().tolist()
-    if len(size) != 2:
-        raise UnusableEntryError("not a file of latents: original_size is no width and height")
+    try:
+        size = _image_size(arrays["original_size"].ravel().tolist())
+    except (ValueError, TypeError, OverflowError) as error:
+        raise UnusableEntryError("not a file of latents: original_size is no width and height") from error
     latents, flipped = _sample(arrays["latents"]), arrays.get("latents_flipped")
     mirrored = None if flipped is None else _sample(flipped)
     mask = arrays.get("alpha_mask")
-    if mask is not None and (mask.dtype.kind != "f" or not ((mask >= 0) & (mask <= 1)).all()):
+    if mask is not None and (mask.dtype.kind != "f" or mask.ndim != 2 or not ((mask >= 0) & (mask <= 1)).all()):
         raise UnusableEntryError("not a file of latents: alpha_mask is no array of numbers from 0 to 1")
     return _of_samples(
         latents,
         mirrored,
-        original_size=(int(size[0]), int(size[1])),
+        original_size=size,
         mask=None if mask is None else mask.astype(np.float32),
     )
 
@@ -371,7 +398,7 @@ def _of_samples(latents: Latents, mirrored: Latents | None, *, original_size: Si
 
 
 def _sample(values: NDArray[Any]) -> Latents:
-    if values.ndim != 3 or values.dtype.kind != "f":
+    if values.ndim != 3 or values.dtype.kind != "f" or 0 in values.shape:
         raise UnusableEntryError("not a file of latents: not an array (channels, height, width)")
     sample: Latents = values.astype(np.float32)
     if not np.isfinite(sample).all():

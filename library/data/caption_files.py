@@ -11,11 +11,19 @@ CAPTION_SUFFIXES: Final = (".txt", ".caption", ".captions", ".tags", ".tag", ".c
 NO_CAPTION_FILES: Final = ".none"
 """A caption extension that begins like this says on purpose that there are no caption files."""
 
+LONGEST_TEXT: Final = 1 << 18
+"""Bytes that the captions of one image may have, all alternatives together; a model reads about a thousand of them."""
+
+_CHUNK: Final = 1 << 16
 _FACE_PARTS: Final = 4
 
 
 class UnreadableCaptionError(Exception):
     """The file is no UTF-8 text; the message says where it goes wrong and what the encoding may be."""
+
+
+class LongCaptionError(UnreadableCaptionError):
+    """The file is longer than any caption."""
 
 
 def index_names(names: Iterable[str]) -> dict[str, str]:
@@ -69,16 +77,25 @@ def caption_names(images: Iterable[str], extension: str, names: Set[str]) -> dic
     return found
 
 
+def open_at_once(path: str, flags: int) -> int:
+    """An opener for :func:`open` that does not wait for another program where a pipe has the name of a file."""
+    return os.open(path, flags | getattr(os, "O_NONBLOCK", 0))
+
+
 def read_text(path: str | Path) -> str:
     """What the text file ``path`` holds; a byte-order mark is no part of it.
 
     Raises:
-        UnreadableCaptionError: The file is not UTF-8.
+        UnreadableCaptionError: The file is not UTF-8, or is longer than any caption (:class:`LongCaptionError`).
         OSError: The file cannot be opened.
     """
-    # Unbuffered: the whole file is read at once.
-    with open(path, "rb", buffering=0) as file:
-        content = file.read()
+    content = b""
+    # Unbuffered: captions are short, and of a file without an end no more is read than is needed to see that.
+    with open(path, "rb", buffering=0, opener=open_at_once) as file:
+        while chunk := file.read(_CHUNK):
+            content += chunk
+            if len(content) > LONGEST_TEXT:
+                raise LongCaptionError(f"it has more than {LONGEST_TEXT} bytes, and is no caption")
     try:
         text = content.decode("utf-8-sig")
     except UnicodeDecodeError as mistake:

@@ -1,14 +1,13 @@
 """From the text of a caption to the text that is trained on: wildcards, kept and shuffled tags, warm-up, dropout."""
 
 import math
-import re
+from collections.abc import Iterator
 from dataclasses import dataclass
 from random import Random
 from typing import Final
 
 from library.data.spec import CaptionRules
 
-_CHOICE: Final = re.compile(r"\{([^}]+)\}")
 _JOINED: Final = ", "
 # Doubled braces mean the brace itself; while choices are made, private characters stand for them.
 _BRACES: Final = (("{{", "\ue000", "{"), ("}}", "\ue001", "}"))
@@ -65,10 +64,23 @@ def _choose_wildcards(caption: str, rng: Random) -> str:
     """Replace each ``{a|b|c}`` by one of its pieces; not nested."""
     for doubled, stand_in, _ in _BRACES:
         caption = caption.replace(doubled, stand_in)
-    caption = _CHOICE.sub(lambda match: rng.choice(match[1].split("|")), caption)
+    caption = "".join(_chosen(caption, rng))
     for _, stand_in, brace in _BRACES:
         caption = caption.replace(stand_in, brace)
     return caption
+
+
+def _chosen(caption: str, rng: Random) -> Iterator[str]:
+    """The pieces of ``caption``, of each choice one; braces around nothing, or without an end, are text."""
+    done = start = 0
+    # Each search goes on where the last one ended, so the time grows with the length alone.
+    while (opened := caption.find("{", start)) >= 0 and (closed := caption.find("}", opened)) >= 0:
+        start = opened + 1
+        if closed > start:
+            yield caption[done:opened]
+            yield rng.choice(caption[start:closed].split("|"))
+            done = start = closed + 1
+    yield caption[done:]
 
 
 def _rearranged(caption: str, rules: CaptionRules, rng: Random, *, step: int, total_steps: int) -> str:

@@ -17,6 +17,7 @@ from library.data.schema import CAPTION_DROPOUT_KEYS, KEYS
 from library.data.spec import AugmentRules, BucketRules, CaptionRules, DatasetSpec, DataSpec, Size, SubsetSpec
 from library.data.styles import check_style
 from library.data.support import NETWORK, DataSupport, check_general, check_support
+from library.documents import home_expanded
 
 _log = logging.getLogger(__name__)
 
@@ -179,7 +180,7 @@ def _locate(written: str, beside: Path) -> Path:
 
     Where it is in neither, the folder of the file has it if a folder there is called alike: that name is then proposed.
     """
-    path = Path(written).expanduser()
+    path = home_expanded(Path(written))
     if path.exists():
         return path
     other = beside / path

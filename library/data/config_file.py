@@ -1,7 +1,6 @@
 """Read a dataset file, TOML or JSON: its sections with converted values, and everything that is wrong with it."""
 
 import json
-import tomllib
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from difflib import get_close_matches
@@ -12,6 +11,7 @@ from typing import Any, Final
 from library.data.findings import Finding, error
 from library.data.schema import CAPTION_DROPOUT_KEYS, ELSEWHERE, KEYS, Key, Scope
 from library.data.source_lines import KeyPath, json_lines, line_of, toml_lines
+from library.documents import DocumentError, decode_text, parse_json, parse_toml
 from library.errors import UserError
 
 _GENERAL: Final = ("general", "generale")
@@ -19,6 +19,10 @@ _SUBSETS: Final = ("subsets", "sottoinsiemi")
 _TITLES: Final[Mapping[Scope, str]] = MappingProxyType(
     {"general": "[general]", "dataset": "[[datasets]]", "subset": "[[datasets.subsets]]"}
 )
+
+
+_MOST_MISTAKES: Final = 100
+"""Those of one file that are told: looking for the nearest name of each takes time."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -69,8 +73,8 @@ def read_dataset_file(path: Path, *, caption_dropout: bool) -> tuple[DatasetFile
 
 def _parse(path: Path) -> tuple[Mapping[str, Any], Mapping[KeyPath, int]]:
     parsers: Mapping[str, tuple[Callable[[str], Any], Callable[[str], dict[KeyPath, int]]]] = {
-        ".toml": (tomllib.loads, toml_lines),
-        ".json": (json.loads, json_lines),
+        ".toml": (parse_toml, toml_lines),
+        ".json": (parse_json, json_lines),
     }
     if path.suffix.lower() not in parsers:
         raise UserError(
@@ -82,7 +86,7 @@ def _parse(path: Path) -> tuple[Mapping[str, Any], Mapping[KeyPath, int]]:
     loads, find_lines = parsers[path.suffix.lower()]
     try:
         content = loads(text)
-    except (tomllib.TOMLDecodeError, json.JSONDecodeError) as mistake:
+    except DocumentError as mistake:
         raise UserError(
             f"the file cannot be read: {mistake}", where=str(path), remedy=_syntax_remedy(text)
         ) from mistake
@@ -97,10 +101,14 @@ def _read_text(path: Path) -> str:
         remedy = f"Did you mean '{path.parent / near[0]}'?" if near else "Check the path."
         raise UserError(f"dataset file not found: '{path}'", where="--dataset_config", remedy=remedy)
     try:
-        return path.read_bytes().decode("utf-8-sig")
-    except UnicodeDecodeError as mistake:
+        return decode_text(path.read_bytes())
+    except OSError as mistake:
         raise UserError(
-            f"the file is not UTF-8 (byte {mistake.start})",
+            f"the file cannot be read: {mistake.strerror or mistake}", where=str(path), remedy="Check its permissions."
+        ) from mistake
+    except DocumentError as mistake:
+        raise UserError(
+            str(mistake).replace("it is", "the file is"),
             where=str(path),
             remedy="Open it in an editor and save it with the encoding UTF-8.",
         ) from mistake
@@ -197,6 +205,8 @@ class _Reader:
         return True
 
     def _refuse_unknown(self, name: str, path: KeyPath, scope: Scope) -> None:
+        if len(self.findings) > _MOST_MISTAKES:
+            return
         what = f"unknown key under {_TITLES[scope]}: {name}"
         if name in ELSEWHERE:
             self._report(f"{name} is no key of a dataset file", path, ELSEWHERE[name])
@@ -228,7 +238,10 @@ class _Reader:
         return f"{self.name}:{line}" if line else self.name
 
     def _report(self, what: str, path: KeyPath, remedy: str) -> None:
-        self.findings.append(error(what, self._where(path), remedy))
+        if len(self.findings) == _MOST_MISTAKES:
+            what, remedy = "further mistakes are not listed", "Mend these first."
+        if len(self.findings) <= _MOST_MISTAKES:
+            self.findings.append(error(what, self._where(path), remedy))
 
 
 def _as_written(value: object) -> str:

@@ -31,6 +31,7 @@ from library.data.cache_entry import (
     write_entry,
 )
 from library.data.cache_places import Place, Places
+from library.data.folders import IMAGE_FORMATS
 from library.data.images import ImageView, LoadedImage, Pixels, load_image, orientation
 from library.data.latent_encoding import MAX_READING_THREADS, Encode, Posterior, Use, encoded, file_pair, uses_of
 from library.data.latent_files import CHANNELS, is_latent_file, read_latents
@@ -363,7 +364,7 @@ def _missing(entry: Entry, *, flip: bool, mask: bool) -> str | None:
 def _is_turned(path: Path) -> bool:
     """Whether the image is shown otherwise than it is stored; so taken where it cannot be read."""
     try:
-        with Image.open(path) as image:
+        with Image.open(path, formats=IMAGE_FORMATS) as image:
             return orientation(image) != 1
     except OSError:
         return True

@@ -3,9 +3,7 @@
 import hashlib
 import io
 import os
-import struct
 import time
-import zlib
 from collections import defaultdict
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -20,6 +18,7 @@ from PIL import Image
 from tqdm import tqdm
 
 from library.data.findings import Finding, error
+from library.data.folders import IMAGE_FORMATS
 from library.data.images import orientation
 from library.data.index import Stamp, Table, is_settled, read_table, stamp_of, write_table
 from library.data.latent_files import is_latent_file
@@ -34,16 +33,6 @@ _SAME_COLOUR: Final = 2
 
 _AHEAD: Final = 4
 """Images that wait for each thread."""
-
-_UNREADABLE: Final = (
-    OSError,
-    SyntaxError,
-    ValueError,
-    EOFError,
-    struct.error,
-    zlib.error,
-    Image.DecompressionBombError,
-)
 
 
 @dataclass(frozen=True, slots=True)
@@ -149,7 +138,7 @@ def _decoded(paths: Sequence[Path]) -> Iterator[tuple[Path, FileFacts | Damage]]
 def _facts_or_damage(path: Path) -> FileFacts | Damage:
     try:
         return _facts_of(path)
-    except _UNREADABLE as problem:
+    except Exception as problem:  # whatever the bytes make a decoder stumble over
         # Decoders give no error number; the system does.
         is_lasting = getattr(problem, "errno", None) is None
         return Damage(str(problem) or type(problem).__name__, is_lasting)
@@ -157,7 +146,7 @@ def _facts_or_damage(path: Path) -> FileFacts | Damage:
 
 def _facts_of(path: Path) -> FileFacts:
     content = path.read_bytes()
-    with Image.open(io.BytesIO(content)) as image:
+    with Image.open(io.BytesIO(content), formats=IMAGE_FORMATS) as image:
         image.load()
         frames = getattr(image, "n_frames", 1)
         turned = orientation(image) != 1

@@ -20,6 +20,11 @@ IMAGE_SUFFIXES: Final = frozenset((".png", ".jpg", ".jpeg", ".webp", ".bmp", ".a
 )
 UNREAD_IMAGE_SUFFIXES: Final = frozenset((".gif", ".heic", ".heif", ".jxl", ".psd", ".raw", ".svg")) - IMAGE_SUFFIXES
 
+IMAGE_FORMATS: Final = ("AVIF", "BMP", "GIF", "JPEG", "PNG", "TIFF", "WEBP") + tuple(
+    suffix.removeprefix(".").upper() for suffix in PLUGINS if suffix in IMAGE_SUFFIXES
+)
+"""What is decoded, whatever a file is called: Pillow knows formats besides that are programs, or are read by others."""
+
 _Test: TypeAlias = Callable[[Path], bool]
 
 _SHOWN: Final = 3

@@ -14,7 +14,8 @@ from pathlib import Path
 from types import MappingProxyType
 from typing import Final
 
-from library.data.folders import PLUGINS, enable_format
+from library.data.caption_files import open_at_once
+from library.data.folders import IMAGE_FORMATS, PLUGINS, enable_format
 from library.data.spec import Size
 
 _ORIENTATION_TAG: Final = 0x0112
@@ -46,7 +47,7 @@ def size_of_many(path: str) -> Size:
     if path[path.rfind(".") :].lower() in PLUGINS:
         enable_format(Path(path))
     try:
-        with open(path, "rb") as file, Image.open(file) as image:
+        with open(path, "rb", opener=open_at_once) as file, Image.open(file, formats=IMAGE_FORMATS) as image:
             needs_decoding = _raises_doubt(file, image.format or "")
             # PNG's own getexif decodes the image to look behind the pixels, which _raises_doubt has done without.
             orientation = Image.Image.getexif(image).get(_ORIENTATION_TAG, 1)
@@ -57,7 +58,7 @@ def size_of_many(path: str) -> Size:
         raise UnreadableImageError("it has more pixels than can be decoded safely") from problem
     except UnidentifiedImageError as problem:
         raise UnreadableImageError(_unknown_content(path)) from problem
-    except (OSError, SyntaxError, ValueError, EOFError, struct.error) as problem:
+    except Exception as problem:  # whatever the bytes make a decoder stumble over
         raise UnreadableImageError(str(problem) or type(problem).__name__) from problem
     return (size[1], size[0]) if orientation in _SIDEWAYS else size
 
@@ -66,7 +67,7 @@ def _decoded_size(path: str) -> tuple[Size, int]:
     """Decode the whole image: its size, and the orientation that is still to be applied, wherever it stands."""
     from PIL import Image
 
-    with Image.open(path) as image:
+    with Image.open(path, formats=IMAGE_FORMATS) as image:
         image.load()
         return image.size, int(image.getexif().get(_ORIENTATION_TAG, 1))
 

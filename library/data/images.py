@@ -6,8 +6,6 @@ images become RGB, an ICC profile is converted to sRGB, and of an animation the 
 """
 
 import io
-import struct
-import zlib
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -19,7 +17,7 @@ from numpy.typing import NDArray
 from PIL import Image
 
 from library.data.buckets import Placement
-from library.data.folders import enable_format
+from library.data.folders import IMAGE_FORMATS, enable_format
 from library.data.spec import Size
 from library.errors import UserError
 
@@ -35,6 +33,9 @@ MATTE: Final = 255
 OPAQUE: Final = 255
 """Opacity of a pixel through which nothing shows, and weight of one that counts fully."""
 
+_STRIP: Final = 1 << 20
+"""Pixels that are composed at once."""
+
 _ORIENTATION_TAG: Final = 0x0112
 # Rows and columns are exchanged or reversed as EXIF orientation 2 to 8 asks; 1 is upright.
 _UPRIGHT: Final[dict[int, Callable[[Pixels], Pixels]]] = {
@@ -47,16 +48,6 @@ _UPRIGHT: Final[dict[int, Callable[[Pixels], Pixels]]] = {
     8: lambda pixels: pixels.swapaxes(0, 1)[::-1],
 }
 _SIXTEEN_BIT_MODES: Final = ("I", "I;16", "I;16B", "I;16L", "I;16N")
-_UNREADABLE: Final = (
-    OSError,
-    SyntaxError,
-    ValueError,
-    EOFError,
-    struct.error,
-    zlib.error,
-    Image.DecompressionBombError,
-)
-
 # Probability of a jitter, and its limits: hue in steps of 2 degrees (OpenCV's unit), gamma around 1.
 _JITTER_PROBABILITY: Final = 0.33
 _HUE_LIMIT: Final = 8
@@ -102,7 +93,7 @@ def orientation(image: Image.Image) -> int:
     """The EXIF orientation, 1 to 8; 1 (upright) where the file has none or one that cannot be read."""
     try:
         found = image.getexif().get(_ORIENTATION_TAG, 1)
-    except _UNREADABLE:
+    except Exception:  # whatever the bytes make the reader stumble over
         return 1
     return found if found in _UPRIGHT else 1
 
@@ -115,13 +106,13 @@ def decode(path: Path) -> DecodedImage:
     """
     enable_format(path)
     try:
-        with Image.open(path) as image:
+        with Image.open(path, formats=IMAGE_FORMATS) as image:
             image.load()
             turn = _UPRIGHT.get(orientation(image), np.asarray)
             rgb, alpha = _colour_and_alpha(image)
     except FileNotFoundError as error:
         raise UserError("image not found", where=str(path), remedy="Put it back, or remove its entry.") from error
-    except _UNREADABLE as error:
+    except Exception as error:  # whatever the bytes make a decoder stumble over
         raise UserError(
             f"cannot read the image: {error}",
             where=str(path),
@@ -181,9 +172,15 @@ def _in_profile_space(image: Image.Image, space: str) -> Image.Image | None:
 
 
 def _composed(rgb: Pixels, alpha: Pixels) -> Pixels:
-    opacity = alpha[..., None].astype(np.uint32)
-    # Adding half of 255 rounds.
-    return ((rgb * opacity + MATTE * (255 - opacity) + 127) // 255).astype(np.uint8)
+    composed = np.empty_like(rgb)
+    # In strips: the largest images would take several gigabytes on the way.
+    rows = max(1, _STRIP // alpha.shape[1])
+    for top in range(0, len(alpha), rows):
+        strip = slice(top, top + rows)
+        opacity = alpha[strip, :, None].astype(np.uint32)
+        # Adding half of 255 rounds.
+        composed[strip] = (rgb[strip] * opacity + MATTE * (255 - opacity) + 127) // 255
+    return composed
 
 
 @dataclass(frozen=True, slots=True)

@@ -10,7 +10,6 @@ import logging
 import os
 import sys
 import time
-import zipfile
 from collections.abc import Collection, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, field
@@ -36,8 +35,6 @@ _SETTLED: Final = 2_000_000_000
 
 _KEPT: Final = 180 * 86400
 """Seconds after which a table that nobody used is deleted."""
-
-_DAMAGE: Final = (OSError, ValueError, KeyError, EOFError, zipfile.BadZipFile, NotImplementedError)
 
 
 @dataclass(frozen=True, slots=True)
@@ -107,10 +104,10 @@ def read_table(folder: Path, kind: str, *, numbers: Collection[str] = (), texts:
             )
     except FileNotFoundError:
         return None
-    except _DAMAGE as problem:
-        log.warning("what was remembered of the images of a folder is damaged, and is read anew: %s", problem)
-        return None
     except RuntimeError:  # there is no home folder
+        return None
+    except Exception as problem:  # whatever the bytes make the reader stumble over
+        log.warning("what was remembered of the images of a folder is damaged, and is read anew: %s", problem)
         return None
     with suppress(OSError):
         # Its time tells when it was last of use.

@@ -13,6 +13,7 @@ from typing import Any, Final, TypeAlias
 
 from library.data.findings import Finding, warning
 from library.data.spec import Size
+from library.documents import load_json, read_text
 from library.errors import UserError
 from library.files import written_whole
 
@@ -43,7 +44,7 @@ def keep_info(folder: Path, expected: Info) -> list[Finding]:
     path = folder / NAME
     try:
         found = _read(path)
-    except (ValueError, OSError, RecursionError) as problem:
+    except (ValueError, OSError) as problem:
         remedy = f"Mend it, or delete it: it is then written anew. Training does not need it: {NAME} only repeats what "
         return [
             warning(f"{NAME} cannot be used: {_explain(problem)}", str(path), f"{remedy}the images and captions say.")
@@ -63,7 +64,7 @@ def keep_info(folder: Path, expected: Info) -> list[Finding]:
 def _read(path: Path) -> Mapping[str, Any] | None:
     """What the file holds; None where there is no file."""
     try:
-        content = json.loads(path.read_bytes().decode("utf-8-sig"))
+        content = load_json(read_text(path))
     except FileNotFoundError:
         return None
     if not isinstance(content, dict):
@@ -72,13 +73,9 @@ def _read(path: Path) -> Mapping[str, Any] | None:
 
 
 def _explain(problem: Exception) -> str:
-    if isinstance(problem, json.JSONDecodeError):
-        return f"it is no JSON ({problem.msg}, line {problem.lineno})"
-    if isinstance(problem, UnicodeDecodeError):
-        return f"it is not UTF-8 (byte {problem.start})"
     if isinstance(problem, OSError):
         return problem.strerror or type(problem).__name__
-    return "it is nested too deeply" if isinstance(problem, RecursionError) else str(problem)
+    return str(problem)
 
 
 def _out_of_date(path: Path, found: Mapping[str, Any], expected: Info) -> Finding:

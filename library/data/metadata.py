@@ -15,10 +15,12 @@ from difflib import get_close_matches
 from pathlib import Path
 from typing import Any, Final
 
+from library.data.caption_files import LONGEST_TEXT
 from library.data.findings import Finding, error, warning
 from library.data.folders import explain_image_dir, image_names
 from library.data.latent_files import LatentNames, check_latents, is_latent_file, judge_latents
 from library.data.spec import Size, SubsetSpec, size_objection
+from library.documents import DocumentError, decode_text, is_text, load_json, printable
 
 _MOST_NAMED: Final = 5
 
@@ -127,9 +129,9 @@ def read_metadata(path: Path) -> tuple[list[MetadataEntry], list[Finding]]:
             is an object with ``image_path``.
     """
     try:
-        text = path.read_bytes().decode("utf-8-sig")
-    except UnicodeDecodeError as mistake:
-        what = f"the metadata file is not UTF-8 (byte {mistake.start})"
+        text = decode_text(path.read_bytes())
+    except DocumentError as mistake:
+        what = f"the metadata file cannot be read: {mistake}"
         return [], [error(what, str(path), "Open it in an editor and save it with the encoding UTF-8.")]
     except OSError as mistake:
         return [], [error(f"the metadata file cannot be read: {mistake.strerror}", str(path), "Check the path.")]
@@ -143,8 +145,8 @@ def _begins_with_entry(text: str) -> bool:
     """Whether the first line that is not blank is an entry of JSON Lines."""
     first = text.lstrip().split("\n", 1)[0]
     try:
-        entry = json.loads(first)
-    except (ValueError, RecursionError):
+        entry = load_json(first)
+    except DocumentError:
         return False
     return isinstance(entry, dict) and isinstance(entry.get("image_path"), str)
 
@@ -174,10 +176,10 @@ class _Reader:
             return table
 
         try:
-            content = json.loads(self.text, object_pairs_hook=without_repeats)
-        except (ValueError, RecursionError) as mistake:
-            line = mistake.lineno if isinstance(mistake, json.JSONDecodeError) else 1
-            self._report(f"the file is no JSON: {_explain(mistake)}", line, "Mend that line, or give the right file.")
+            content = load_json(self.text, object_pairs_hook=without_repeats)
+        except DocumentError as mistake:
+            remedy = "Mend that line, or give the right file."
+            self._report(f"the file cannot be read: {mistake}", mistake.line or 1, remedy)
             return
         if not isinstance(content, dict):
             self._report("the file holds no JSON object", 1, 'Write {"image.png": {"caption": "..."}, ...}.')
@@ -198,9 +200,9 @@ class _Reader:
             if not line.strip():
                 continue
             try:
-                value = json.loads(line)
-            except (ValueError, RecursionError) as mistake:
-                self._report(f"the line is no JSON: {_explain(mistake)}", number, "Write one JSON object a line.")
+                value = load_json(line)
+            except DocumentError as mistake:
+                self._report(f"the line cannot be read: {mistake}", number, "Write one JSON object a line.")
                 continue
             key = value.get("image_path") if isinstance(value, dict) else None
             if isinstance(key, str):
@@ -212,15 +214,16 @@ class _Reader:
         """The entry, or none and a finding."""
 
         def report(what: str, remedy: str) -> None:
-            shown = key.encode("utf-8", "backslashreplace").decode()
-            self._report(f"{what} ('{shown}')", line or self._line_of(key), remedy)
+            # Of many mistakes few are told, and looking for a line takes time.
+            found = line or (self._line_of(key) if len(self.findings) < _MOST_NAMED else 1)
+            self._report(f"{what} ('{printable(key)}')", found, remedy)
 
         if not isinstance(value, Mapping):
             report("an entry must be an object", 'Write {"caption": "..."}.')
-        elif "\0" in key or not _is_text(key):
+        elif not is_text(key):
             report("a key is no path", "Remove the entry.")
-        elif wrong := [name for name in ("caption", "tags") if not _is_text(value.get(name) or "")]:
-            report(f"{wrong[0]} must be text", f'Write "{wrong[0]}": "...".')
+        elif wrong := [name for name in ("caption", "tags") if not _is_caption(value.get(name) or "")]:
+            report(f"{wrong[0]} must be text of at most {LONGEST_TEXT} bytes", f'Write "{wrong[0]}": "...".')
         else:
             try:
                 size = _train_resolution(value.get("train_resolution"))
@@ -239,15 +242,8 @@ class _Reader:
         self.findings.append(error(what, f"{self.path}:{line}", remedy))
 
 
-def _explain(mistake: ValueError | RecursionError) -> str:
-    if isinstance(mistake, json.JSONDecodeError):
-        return mistake.msg
-    return "it is nested too deeply" if isinstance(mistake, RecursionError) else str(mistake)
-
-
-def _is_text(value: object) -> bool:
-    """Whether ``value`` is text that can be written again: JSON can escape halves of characters."""
-    return isinstance(value, str) and value.encode("utf-8", "ignore").decode() == value
+def _is_caption(value: object) -> bool:
+    return isinstance(value, str) and is_text(value) and len(value.encode()) <= LONGEST_TEXT
 
 
 def _train_resolution(value: object) -> Size | None:

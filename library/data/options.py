@@ -3,6 +3,7 @@
 from dataclasses import dataclass, replace
 from pathlib import Path
 
+from library.data.schema import LONGEST_SIDE, MOST_REPEATS
 from library.errors import Problem
 from library.options import option, parse_range, parse_size
 
@@ -37,7 +38,10 @@ class SourceOptions:
         help="Refused: a data set is described here (--dataset_config, --in_json), not programmed.",
     )
     dataset_repeats: int = option(
-        1, minimum=1, help="How often each image is used in an epoch where the data set does not say it itself."
+        1,
+        minimum=1,
+        maximum=MOST_REPEATS,
+        help="How often each image is used in an epoch where the data set does not say it itself.",
     )
     cache_info: bool = option(
         False,
@@ -103,16 +107,21 @@ class ImageOptions:
         metavar="SIZE",
         parse=parse_size,
         minimum=8,
+        maximum=LONGEST_SIDE,
         help="Training resolution: 'side' or 'width,height' in pixels. With buckets it gives the area.",
     )
-    train_batch_size: int = option(1, minimum=1, help="Images per step on each device.")
+    train_batch_size: int = option(1, minimum=1, maximum=MOST_REPEATS, help="Images per step on each device.")
     enable_bucket: bool = option(
         False, help="Sort images into buckets of similar aspect ratio, so that little is cropped."
     )
-    min_bucket_reso: int = option(256, minimum=8, help="Shortest side of a bucket, in pixels.")
-    max_bucket_reso: int = option(1024, minimum=8, help="Longest side of a bucket, in pixels.")
+    min_bucket_reso: int = option(256, minimum=8, maximum=LONGEST_SIDE, help="Shortest side of a bucket, in pixels.")
+    max_bucket_reso: int = option(1024, minimum=8, maximum=LONGEST_SIDE, help="Longest side of a bucket, in pixels.")
     bucket_reso_steps: int = option(
-        64, minimum=8, check=_multiple_of_8, help="Bucket sides are multiples of this many pixels."
+        64,
+        minimum=8,
+        maximum=LONGEST_SIDE,
+        check=_multiple_of_8,
+        help="Bucket sides are multiples of this many pixels.",
     )
     bucket_no_upscale: bool = option(
         False, help="Never enlarge an image: a small one gets a bucket of its own size, rounded down."

@@ -33,6 +33,9 @@ _Image: TypeAlias = tuple[Path, str, Size | UnreadableImageError, str | None, st
 """Folder, file name, displayed size or why there is none, caption, tags, size to train at."""
 
 _MOST_NAMED: Final = 5
+_MOST_EXAMPLES: Final = 50_000_000
+"""In an epoch, whose order is kept in memory."""
+
 _NEAR_AREA: Final = 1.3
 """Buckets of one resolution differ in area by less than this factor."""
 
@@ -116,6 +119,11 @@ def _scan(spec: DataSpec, folders: "_Folders") -> tuple[tuple[ImageRecord, ...],
         ]
         of_dataset = _with_sizes_of_metadata(of_dataset, dataset, findings)
         records.extend(_balanced(of_dataset, dataset, findings))
+    count = sum(record.repeats for record in records)
+    if count > _MOST_EXAMPLES:
+        what = f"an epoch would have {count:,} images, repeats counted; at most {_MOST_EXAMPLES:,} can be handled"
+        findings.append(error(what, spec.where, "Lower num_repeats, or the number that a folder's name begins with."))
+        records = []
     subsets = [subset for dataset in spec.datasets for subset in dataset.subsets]
     findings.extend(unused_masks(subsets, {record.mask for record in records if record.mask is not None}))
     described = [subset for subset in subsets if subset.metadata_file is not None]
@@ -412,11 +420,10 @@ def balance_regularisation(train: int, repeats: Sequence[int]) -> tuple[int, ...
     """
     result = [0] * len(repeats)
     total = 0
-    while repeats and total < train:
-        for index, own in enumerate(repeats):
-            added = own if result[index] == 0 else 1
-            result[index] += added
-            total += added
-            if total >= train:
-                break
-    return tuple(result)
+    for index, own in enumerate(repeats):
+        if total >= train:
+            return tuple(result)
+        result[index] = own
+        total += own
+    passes, rest = divmod(max(train - total, 0), len(repeats) or 1)
+    return tuple(count + passes + (index < rest) for index, count in enumerate(result))

@@ -10,9 +10,17 @@ from dataclasses import dataclass
 from types import MappingProxyType
 from typing import Any, Final, Literal
 
+from library.documents import path_objection
+
 Scope = Literal["general", "dataset", "subset"]
 
 RESIZE_INTERPOLATIONS: Final = ("lanczos", "nearest", "bilinear", "linear", "bicubic", "cubic", "area")
+
+LONGEST_SIDE: Final = 16384
+"""Pixels: four times what is trained today, and few enough to go through every bucket."""
+
+MOST_REPEATS: Final = 1_000_000
+"""Of one image in an epoch, which holds each of them."""
 
 _ANYWHERE: Final[tuple[Scope, ...]] = ("general", "dataset", "subset")
 _DATASET: Final[tuple[Scope, ...]] = ("general", "dataset")
@@ -71,6 +79,13 @@ def _filled_text(value: object) -> str:
     return _text(value)
 
 
+def _path(value: object) -> str:
+    text = _filled_text(value)
+    if objection := path_objection(text):
+        raise ValueError(objection)
+    return text
+
+
 def _number(value: object) -> float:
     if isinstance(value, bool) or not isinstance(value, (int, float)) or not math.isfinite(value):
         raise ValueError
@@ -84,16 +99,17 @@ def _whole(value: object) -> int:
     return int(number)
 
 
-def whole_number(at_least: int) -> Kind:
-    """A whole number that is not below ``at_least``."""
+def whole_number(at_least: int, at_most: int | None = None) -> Kind:
+    """A whole number that is not below ``at_least``, nor above ``at_most``."""
 
     def read(value: object) -> int:
         number = _whole(value)
-        if number < at_least:
+        if number < at_least or (at_most is not None and number > at_most):
             raise ValueError
         return number
 
-    return Kind(f"a whole number of at least {at_least}", str(max(at_least, 1)), read)
+    limit = "" if at_most is None else f" and at most {at_most:,}"
+    return Kind(f"a whole number of at least {at_least}{limit}", str(max(at_least, 1)), read)
 
 
 def _rate(value: object) -> float:
@@ -118,7 +134,7 @@ def _pair(value: object) -> list[object]:
 
 def _resolution(value: object) -> tuple[int, int]:
     sides = [_whole(side) for side in _pair(value)]
-    if len(sides) not in (1, 2) or min(sides) < 8:
+    if len(sides) not in (1, 2) or min(sides) < 8 or max(sides) > LONGEST_SIDE:
         raise ValueError
     return sides[0], sides[-1]
 
@@ -149,11 +165,13 @@ def _table(value: object) -> Mapping[str, Any]:
 
 BOOLEAN: Final = Kind("true or false", "true", _boolean)
 TEXT: Final = Kind("text", "'text'", _text)
-PATH: Final = Kind("a path", "'C:/images/dog'", _filled_text)
+PATH: Final = Kind("a path", "'C:/images/dog'", _path)
 NUMBER: Final = Kind("a number", "1.0", lambda value: float(_number(value)))
 RATE: Final = Kind("a number from 0 to 1", "0.1", _rate)
 NOT_NEGATIVE: Final = Kind("a number of at least 0", "100", _not_negative)
-RESOLUTION: Final = Kind("one or two whole numbers of at least 8 (width, height)", "[512, 768]", _resolution)
+RESOLUTION: Final = Kind(
+    f"one or two whole numbers from 8 to {LONGEST_SIDE} (width, height)", "[512, 768]", _resolution
+)
 RANGE: Final = Kind("two numbers above 0, the smaller first", "[1.0, 2.0]", _range)
 INTERPOLATION: Final = Kind(f"one of {', '.join(RESIZE_INTERPOLATIONS)}", "'lanczos'", _interpolation)
 EXTENSION: Final = Kind("a file name extension", "'.txt'", _extension)
@@ -161,23 +179,26 @@ SEPARATOR: Final = Kind("a text that is not empty", "','", _filled_text)
 TABLE: Final = Kind("a table", "{ name = 'value' }", _table)
 COUNT: Final = whole_number(0)
 POSITIVE: Final = whole_number(1)
+SIDE: Final = whole_number(1, LONGEST_SIDE)
+REPEATS: Final = whole_number(1, MOST_REPEATS)
+BATCH: Final = whole_number(1, MOST_REPEATS)
 
 KEYS: Final[Mapping[str, Key]] = MappingProxyType(
     {
         key.name: key
         for key in (
-            Key("batch_size", POSITIVE, _DATASET, 1, flag="train_batch_size"),
+            Key("batch_size", BATCH, _DATASET, 1, flag="train_batch_size"),
             Key("resolution", RESOLUTION, _DATASET, flag="resolution"),
             Key("enable_bucket", BOOLEAN, _DATASET, False, flag="enable_bucket"),
-            Key("min_bucket_reso", POSITIVE, _DATASET, 256, flag="min_bucket_reso"),
-            Key("max_bucket_reso", POSITIVE, _DATASET, 1024, flag="max_bucket_reso"),
-            Key("bucket_reso_steps", POSITIVE, _DATASET, 64, flag="bucket_reso_steps"),
+            Key("min_bucket_reso", SIDE, _DATASET, 256, flag="min_bucket_reso"),
+            Key("max_bucket_reso", SIDE, _DATASET, 1024, flag="max_bucket_reso"),
+            Key("bucket_reso_steps", SIDE, _DATASET, 64, flag="bucket_reso_steps"),
             Key("bucket_no_upscale", BOOLEAN, _DATASET, False, flag="bucket_no_upscale"),
             Key("network_multiplier", NUMBER, _DATASET, 1.0),
             Key("validation_seed", COUNT, _DATASET),
             Key("validation_split", RATE, _DATASET),
             Key("resize_interpolation", INTERPOLATION, _ANYWHERE, flag="resize_interpolation"),
-            Key("num_repeats", POSITIVE, _ANYWHERE, 1, flag="dataset_repeats"),
+            Key("num_repeats", REPEATS, _ANYWHERE, 1, flag="dataset_repeats"),
             Key("shuffle_caption", BOOLEAN, _ANYWHERE, False, flag="shuffle_caption"),
             Key("flip_aug", BOOLEAN, _ANYWHERE, False, flag="flip_aug"),
             Key("color_aug", BOOLEAN, _ANYWHERE, False, flag="color_aug"),

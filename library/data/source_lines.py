@@ -75,8 +75,10 @@ def json_lines(text: str) -> dict[KeyPath, int]:
     lines: dict[KeyPath, int] = {}
     path: list[str | int] = []
     waiting: str | None = None
+    line, counted = 1, 0
     for match in _JSON_TOKEN.finditer(text):
-        token, line = match[0], text.count("\n", 0, match.start()) + 1
+        token = match[0]
+        line, counted = line + text.count("\n", counted, match.start()), match.start()
         if token == "[":
             path.append(0)
         elif token == "{":

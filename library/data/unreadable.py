@@ -2,13 +2,15 @@
 
 from pathlib import Path
 
-from library.data.caption_files import UnreadableCaptionError
+from library.data.caption_files import LongCaptionError, UnreadableCaptionError
 from library.data.findings import Finding, error
 from library.data.image_headers import UnreadableImageError
 
 
 def unreadable_caption(path: Path, problem: Exception) -> Finding:
     """The error of a caption file, by what reading it raised."""
+    if isinstance(problem, LongCaptionError):
+        return error(f"the caption cannot be read: {problem}", str(path), "Shorten it, or remove the file.")
     if isinstance(problem, UnreadableCaptionError):
         remedy = "Open the file in an editor and save it with the encoding UTF-8."
         return error(f"the caption cannot be read: {problem}", str(path), remedy)

@@ -3,7 +3,6 @@
 Only configurations and the list of names in a weight file are read.
 """
 
-import json
 import re
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -11,6 +10,7 @@ from difflib import get_close_matches
 from pathlib import Path
 from typing import Any, Final, Literal
 
+from library.documents import DocumentError, home_expanded, path_objection, read_table
 from library.errors import Problem, UserError
 from library.files import read_metadata
 from library.models.ldm_keys import UNET_PREFIX
@@ -154,7 +154,7 @@ def vae_folder(folder: Path) -> Path:
         UserError: Neither has one.
     """
     for candidate in (folder, folder / "vae"):
-        config = _json(candidate / "config.json") if (candidate / "config.json").is_file() else {}
+        config = read_config(candidate / "config.json") if (candidate / "config.json").is_file() else {}
         if config.get("_class_name") == "AutoencoderKL" or "latent_channels" in config:
             return candidate
     raise UserError(f"no VAE in this folder ({_contents(folder)})", where=f"{VAE_FLAG} {folder}", remedy=VAE_REMEDY)
@@ -213,7 +213,9 @@ def local_path(source: str, flag: str) -> Path | None:
     Raises:
         UserError: It is a path, and nothing is there.
     """
-    path = Path(source).expanduser()
+    path = home_expanded(Path(source))
+    if objection := path_objection(source):
+        raise UserError(f"no such file or folder: {objection}", where=flag, remedy=MODEL_REMEDY)
     if path.exists():
         return path
     is_path = path.suffix.lower() in MODEL_SUFFIXES or (path.parent != Path() and path.parent.is_dir())
@@ -241,8 +243,9 @@ def _describe_file(path: Path) -> SourceFacts:
 
 def _describe_folder(folder: Path) -> SourceFacts:
     _check_folder(folder)
-    unet, text = _json(folder / "unet/config.json"), _json(folder / "text_encoder/config.json")
-    text = text.get("text_config") or text
+    unet, text = read_config(folder / "unet/config.json"), read_config(folder / "text_encoder/config.json")
+    inner = text.get("text_config")
+    text = inner if isinstance(inner, dict) else text
     width = text.get("hidden_size")
     families = {known: family for family, known in TEXT_WIDTHS.items()}
     # A small model is told by its text encoder's activation: CLIP's own in SD1, the exact one in OpenCLIP's SD2.
@@ -255,14 +258,16 @@ def _describe_folder(folder: Path) -> SourceFacts:
         family=families.get(width, by_activation) if isinstance(width, int) else by_activation,
         text_width=width,
         in_channels=unet.get("in_channels"),
-        prediction=_PREDICTIONS.get(str(_json(scheduler).get("prediction_type"))) if scheduler.is_file() else None,
+        prediction=_PREDICTIONS.get(str(read_config(scheduler).get("prediction_type")))
+        if scheduler.is_file()
+        else None,
     )
 
 
 def _check_folder(folder: Path) -> None:
     """Refuse a folder that is not a whole Diffusers model of Stable Diffusion 1.x or 2.x."""
     where = f"{MODEL_FLAG} {folder}"
-    index = _json(folder / "model_index.json") if (folder / "model_index.json").is_file() else {}
+    index = read_config(folder / "model_index.json") if (folder / "model_index.json").is_file() else {}
     pipeline = str(index.get("_class_name", ""))
     others = [name for name in _OTHER_PARTS if (folder / name).is_dir()]
     if others or any(word in pipeline for word in _OTHER_PIPELINES):
@@ -299,15 +304,17 @@ def _stated_prediction(metadata: Mapping[str, str]) -> Prediction | None:
     return stated
 
 
-def _json(path: Path) -> dict[str, Any]:
+def read_config(path: Path) -> dict[str, Any]:
+    """The configuration in a JSON file of a model.
+
+    Raises:
+        UserError: It cannot be read, or is no configuration.
+    """
     remedy = "Copy or download the model again."
     try:
-        content = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
+        return read_table(path)
+    except (OSError, DocumentError) as error:
         raise UserError(f"{path.name} cannot be read: {error}", where=str(path), remedy=remedy) from error
-    if not isinstance(content, dict):
-        raise UserError(f"{path.name} is no table", where=str(path), remedy=remedy)
-    return content
 
 
 def _contents(folder: Path) -> str:

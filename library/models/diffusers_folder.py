@@ -9,6 +9,7 @@ from typing import Any, Final
 import torch
 from torch import Tensor
 
+from library.documents import DocumentError, parse_json, read_table
 from library.files import check_finite, folder_written_whole, write_json, write_tensors
 from library.models.detect import PARTS, WEIGHT_FILES
 from library.models.formats import METADATA_FILE, is_trained_folder
@@ -16,7 +17,7 @@ from library.models.ldm_keys import text_encoder_state_for_folder
 from library.models.origin import Origin
 from library.models.stable_diffusion import StableDiffusion
 from library.models.structure import Config, shipped_config
-from library.models.tokenizer import has_tokenizer
+from library.models.tokenizer import TOKENIZER_FILES, has_tokenizer
 
 _LOG = logging.getLogger(__name__)
 
@@ -116,8 +117,8 @@ def _scheduler(model: StableDiffusion) -> Config:
     """The scheduler's configuration; its prediction type is the one that was trained."""
     own = _source_file(model.origin, "scheduler/scheduler_config.json")
     try:
-        config = dict(json.loads(own.read_text(encoding="utf-8"))) if own else {}
-    except (OSError, ValueError, TypeError) as error:
+        config = read_table(own) if own else {}
+    except (OSError, DocumentError) as error:
         _LOG.warning("the scheduler of %s cannot be read (%s): the usual one is saved", model.source, error)
         config = {}
     if not config.get("_class_name"):
@@ -146,10 +147,11 @@ def _own_tokenizer(model: StableDiffusion) -> dict[str, bytes]:
     if folder is None or not has_tokenizer(folder):
         return {}
     try:
-        files = {file.name: file.read_bytes() for file in sorted(folder.iterdir()) if file.suffix in (".json", ".txt")}
+        # By name: a link among the others could lead to a file that is nobody's business.
+        files = {name: (folder / name).read_bytes() for name in TOKENIZER_FILES if (folder / name).is_file()}
         if settings := files.get(_SETTINGS):
-            files[_SETTINGS] = json.dumps(_public(json.loads(settings)), indent=2, ensure_ascii=False).encode()
-    except (OSError, ValueError, AttributeError) as error:
+            files[_SETTINGS] = json.dumps(_public(parse_json(settings)), indent=2, ensure_ascii=False).encode()
+    except (OSError, DocumentError, AttributeError) as error:
         _LOG.warning("the tokenizer of %s cannot be read (%s): the one in use is saved", model.source, error)
         return {}
     return files

@@ -4,6 +4,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Final, Literal
 
+from library.documents import home_expanded
 from library.errors import Problem
 
 ModelFormat = Literal["ckpt", "safetensors", "diffusers", "diffusers_safetensors"]
@@ -30,7 +31,7 @@ def model_format(save_model_as: str | None, use_safetensors: bool, source: str |
         source: The base model: a file, a Diffusers folder or a hub id (saved as a folder).
     """
     if save_model_as is None:
-        path = Path(source).expanduser()
+        path = home_expanded(Path(source))
         if path.is_file():
             return "safetensors" if use_safetensors or path.suffix.lower() == ".safetensors" else "ckpt"
         return "diffusers_safetensors" if use_safetensors else "diffusers"

@@ -1,6 +1,5 @@
 """Single-file checkpoints: take one apart into the weights of its parts, and put one together."""
 
-import json
 from collections.abc import Container, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -12,6 +11,7 @@ from torch import Tensor
 from library.errors import UserError
 from library.files import TensorFile, write_tensors
 from library.models import ldm_keys
+from library.models.detect import read_config
 from library.models.recognise import check_vae
 from library.models.structure import (
     CONFIG_KEY,
@@ -76,7 +76,7 @@ def vae_of_checkpoint(file: TensorFile, *, where: str, beside: Path | None = Non
     if any(name.startswith("encoder.down_blocks.") for name in vae):
         vae = ldm_keys.vae_from_folder(vae)
         if beside and beside.is_file():
-            config = json.loads(beside.read_text(encoding="utf-8"))
+            config = read_config(beside)
     else:
         vae = ldm_keys.vae_from_ldm(vae)
     return PartWeights(config or vae_config(_shapes(vae), where=where), vae)

@@ -4,6 +4,7 @@ A module is made on the meta device, where it costs nothing, and takes the given
 in evaluation mode and want no gradient: what trains them says so.
 """
 
+import math
 from collections.abc import Iterable, Mapping
 from typing import Any, Final
 
@@ -14,6 +15,17 @@ from library.errors import UserError
 from library.models.structure import Config
 
 _SHOWN: Final = 3
+_LAYER_COUNTS: Final = (
+    "layers_per_block",
+    "transformer_layers_per_block",
+    "reverse_transformer_layers_per_block",
+    "num_hidden_layers",
+)
+_TEXT_FIELDS: Final = (
+    *("vocab_size", "hidden_size", "intermediate_size", "projection_dim", "max_position_embeddings"),
+    *("num_hidden_layers", "num_attention_heads", "hidden_act", "layer_norm_eps", "attention_dropout"),
+    *("initializer_range", "initializer_factor", "pad_token_id", "bos_token_id", "eos_token_id"),
+)
 
 
 def build_unet(config: Config, tensors: dict[str, Tensor], *, dtype: torch.dtype, where: str) -> Any:
@@ -35,7 +47,8 @@ def build_text_encoder(config: Config, tensors: dict[str, Tensor], *, dtype: tor
     from transformers import CLIPTextConfig, CLIPTextModel
 
     def make(config: Config) -> Any:
-        return CLIPTextModel(CLIPTextConfig(**config))
+        # Nothing else: a configuration may name a hub repository whose code transformers would fetch and run.
+        return CLIPTextModel(CLIPTextConfig(**{name: config[name] for name in _TEXT_FIELDS if name in config}))
 
     module = _build("text encoder", make, config, tensors, dtype, where)
     # The only buffer of the three modules, a constant that is in no file.
@@ -45,10 +58,11 @@ def build_text_encoder(config: Config, tensors: dict[str, Tensor], *, dtype: tor
 
 
 def _build(part: str, make: Any, config: Config, tensors: dict[str, Tensor], dtype: torch.dtype, where: str) -> Any:
+    _check_size(config, len(tensors), part, where)
     try:
         with torch.device("meta"):
             module = make(config)
-    except (TypeError, ValueError, KeyError) as error:
+    except Exception as error:  # whatever the configuration makes the library stumble over
         raise UserError(
             f"the configuration of the {part} cannot be used: {error}",
             where=where,
@@ -56,6 +70,30 @@ def _build(part: str, make: Any, config: Config, tensors: dict[str, Tensor], dty
         ) from error
     _fill(module, tensors, part=part, dtype=dtype, where=where)
     return module.eval().requires_grad_(False)
+
+
+def _check_size(config: Config, weights: int, part: str, where: str) -> None:
+    """Refuse a configuration that asks for more layers than there are weights for: making them could take for ever.
+
+    Raises:
+        UserError: It does.
+    """
+    counts = [max(_numbers(config.get(name)), default=1) for name in _LAYER_COUNTS]
+    lists = [len(value) for value in config.values() if isinstance(value, list)]
+    layers = math.prod(counts) * max(lists, default=1)
+    if layers > weights:
+        raise UserError(
+            f"the configuration of the {part} asks for {layers} layers, and there are {weights} weights",
+            where=where,
+            remedy="Check config.json, or use an unchanged copy of the model.",
+        )
+
+
+def _numbers(value: object) -> list[int]:
+    """The whole numbers in ``value``, which may be one, or lists of them."""
+    if isinstance(value, list):
+        return [number for inner in value for number in _numbers(inner)]
+    return [value] if isinstance(value, int) else []
 
 
 def _fill(module: nn.Module, tensors: dict[str, Tensor], *, part: str, dtype: torch.dtype, where: str) -> None:

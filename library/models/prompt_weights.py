@@ -4,14 +4,20 @@ It is the syntax of the common web interfaces, for preview prompts and for capti
 """
 
 import re
+from itertools import groupby
+from typing import Final
 
 ROUND_BRACKET = 1.1
 SQUARE_BRACKET = 1 / 1.1
+LARGEST_WEIGHT: Final = 1000.0
+"""Weights beyond it, up or down, are held there: no model makes sense of them, and brackets can nest without end."""
 
 # An escaped character, a weight that closes a round bracket, a bracket, or plain text.
 _TOKEN = re.compile(
     r"\\(?P<escaped>[()\[\]\\]?)|:(?P<weight>[+-]?(?:\d+\.?\d*|\.\d+))\)|(?P<bracket>[()\[\]])|(?P<text>[^\\()\[\]:]+|:)"
 )
+_OPENED_BY: Final = {")": "(", "]": "["}
+_FACTORS: Final = {"(": ROUND_BRACKET, "[": SQUARE_BRACKET}
 
 
 def parse_prompt_weights(prompt: str) -> list[tuple[str, float]]:
@@ -25,36 +31,51 @@ def parse_prompt_weights(prompt: str) -> list[tuple[str, float]]:
     Returns:
         (text, weight) in the order of the prompt, neighbours of equal weight joined; [("", 1.0)] for an empty prompt.
     """
-    pieces: list[tuple[str, float]] = []
+    texts: list[str] = []
+    # Where brackets begin and end: the number of texts before, the kind, and the factor; None ends the latest.
+    turns: list[tuple[int, str, float | None]] = []
     opened: dict[str, list[int]] = {"(": [], "[": []}
 
-    def close(kind: str, factor: float) -> None:
-        start = opened[kind].pop()
-        pieces[start:] = [(text, weight * factor) for text, weight in pieces[start:]]
+    def settle(kind: str, factor: float) -> None:
+        turn = opened[kind].pop()
+        turns[turn] = (turns[turn][0], kind, factor)
 
     for token in _TOKEN.finditer(prompt):
         bracket, weight = token["bracket"], token["weight"]
+        kind = "(" if weight is not None else _OPENED_BY.get(bracket or "")
         if bracket in opened:
-            opened[bracket].append(len(pieces))
-        elif weight is not None and opened["("]:
-            close("(", float(weight))
-        elif bracket == ")" and opened["("]:
-            close("(", ROUND_BRACKET)
-        elif bracket == "]" and opened["["]:
-            close("[", SQUARE_BRACKET)
+            opened[bracket].append(len(turns))
+            turns.append((len(texts), bracket, 1.0))
+        elif kind is not None and opened[kind]:
+            settle(kind, _FACTORS[kind] if weight is None else float(weight))
+            turns.append((len(texts), kind, None))
         else:
-            pieces.append((token[0] if token["escaped"] is None else token["escaped"], 1.0))
-    for kind, factor in (("(", ROUND_BRACKET), ("[", SQUARE_BRACKET)):
+            texts.append(token[0] if token["escaped"] is None else token["escaped"])
+    for kind, factor in _FACTORS.items():
         while opened[kind]:
-            close(kind, factor)
-    return _joined(pieces)
+            settle(kind, factor)
+    return _joined(texts, _weights(turns, len(texts)))
 
 
-def _joined(pieces: list[tuple[str, float]]) -> list[tuple[str, float]]:
-    joined: list[tuple[str, float]] = []
-    for text, weight in pieces:
-        if joined and joined[-1][1] == weight:
-            joined[-1] = (joined[-1][0] + text, weight)
-        elif text:
-            joined.append((text, weight))
-    return joined or [("", 1.0)]
+def _weights(turns: list[tuple[int, str, float | None]], count: int) -> list[float]:
+    """The weight of each of ``count`` texts, in a time that does not depend on how brackets nest."""
+    products: dict[str, list[float]] = {kind: [1.0] for kind in _FACTORS}
+    weights: list[float] = []
+    for position, kind, factor in (*turns, (count, "(", None)):
+        weight = _held(products["("][-1] * products["["][-1])
+        weights.extend([weight] * (position - len(weights)))
+        if factor is None:
+            products[kind].pop()
+        else:
+            products[kind].append(_held(products[kind][-1] * factor))
+    return weights
+
+
+def _held(weight: float) -> float:
+    return min(max(weight, -LARGEST_WEIGHT), LARGEST_WEIGHT)
+
+
+def _joined(texts: list[str], weights: list[float]) -> list[tuple[str, float]]:
+    filled = ((text, weight) for text, weight in zip(texts, weights, strict=True) if text)
+    pieces = groupby(filled, key=lambda piece: piece[1])
+    return [("".join(text for text, _ in group), weight) for weight, group in pieces] or [("", 1.0)]

@@ -10,6 +10,7 @@ from library.errors import UserError
 from library.files import TORCH_SUFFIXES, read_header
 from library.models.ldm_keys import SD1_TEXT_PREFIX, SD2_TEXT_PREFIX, UNET_PREFIX, VAE_PREFIX
 from library.models.variant import Family
+from library.tensor_headers import check_archive
 
 MODEL_FLAG: Final = "--pretrained_model_name_or_path"
 VAE_FLAG: Final = "--vae"
@@ -46,11 +47,13 @@ def tensor_names(path: Path) -> dict[str, tuple[int, ...]]:
             remedy="Check that it is the model itself, and not a page or a link saved under its name.",
         )
     try:
+        check_archive(path)
         with zipfile.ZipFile(path) as archive:
             (entry,) = [name for name in archive.namelist() if name.endswith("data.pkl")]
             listing = archive.read(entry)
         texts = [argument for opcode, argument, _ in pickletools.genops(listing) if "UNICODE" in opcode.name]
-    except (OSError, ValueError, zipfile.BadZipFile):
+    except (OSError, ValueError, zipfile.BadZipFile, RecursionError, MemoryError, NotImplementedError, RuntimeError):
+        # What is wrong with it is said when it is loaded, before anything of it is used.
         return {}
     return {text: () for text in texts if isinstance(text, str)}
 

@@ -1,6 +1,5 @@
 """Load a Stable Diffusion model from whatever form it is in: one file, a Diffusers folder, or the hub."""
 
-import json
 import logging
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -18,6 +17,7 @@ from library.models.detect import (
     describe_vae,
     family_problems,
     prediction_notices,
+    read_config,
     vae_folder,
     weight_file,
 )
@@ -143,13 +143,14 @@ def _read_folder(facts: SourceFacts) -> dict[str, PartWeights]:
 
 
 def _read_part(folder: Path, part: str) -> PartWeights:
-    config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
+    config = read_config(folder / "config.json")
     tensors = read_tensors(weight_file(folder, part)).tensors
     if part == "vae":
         return PartWeights(config, ldm_keys.vae_from_folder(tensors))
     if part == "text_encoder":
         # The file may describe a whole CLIP, of which this is the text half.
-        return PartWeights(config.get("text_config") or config, ldm_keys.text_from_sd1(tensors))
+        inner = config.get("text_config")
+        return PartWeights(inner if isinstance(inner, dict) else config, ldm_keys.text_from_sd1(tensors))
     return PartWeights(config, tensors)
 
 

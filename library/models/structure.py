@@ -11,6 +11,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, Final
 
+from library.documents import parse_json
 from library.errors import UserError
 from library.models.variant import Family
 
@@ -132,7 +133,7 @@ def carried_structure(metadata: Mapping[str, Any], *, where: str) -> dict[str, C
     if text is None:
         return {}
     try:
-        carried = dict(json.loads(text))
+        carried = dict(parse_json(text))
         return {part: dict(carried[part]) for part in _PARTS if part in carried}
     except (TypeError, ValueError) as error:
         raise UserError(

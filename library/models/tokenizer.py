@@ -16,6 +16,9 @@ _SHIPPED: Final = Path(__file__).parents[1] / "tokenizer"
 _END: Final = "<|endoftext|>"
 _PAD: Final[dict[Family, str]] = {"sd1": _END, "sd2": "!"}
 _FILES: Final = ("tokenizer.json", "vocab.json")
+_OTHERS: Final = ("merges.txt", "tokenizer_config.json", "special_tokens_map.json", "added_tokens.json")
+TOKENIZER_FILES: Final = (*_FILES, *_OTHERS)
+"""The files that a CLIP tokenizer may consist of."""
 
 
 def load_tokenizer(family: Family, *, vocabulary: int = VOCABULARY, folder: Path | None = None) -> Any:
@@ -58,7 +61,7 @@ def read_tokenizer(folder: Path, family: Family) -> Any:
         )
     try:
         tokenizer = CLIPTokenizer.from_pretrained(str(folder), model_max_length=MAX_LENGTH, local_files_only=True)
-    except (OSError, ValueError, TypeError, KeyError) as error:
+    except Exception as error:  # whatever its files make the library stumble over
         raise UserError(
             f"the tokenizer cannot be read: {error}", where=str(folder), remedy="Copy or download the model again."
         ) from error

@@ -3,7 +3,6 @@
 import importlib
 import importlib.util
 import threading
-import tomllib
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
@@ -11,6 +10,7 @@ from types import MappingProxyType, SimpleNamespace
 from typing import TYPE_CHECKING, Any, Final, Protocol
 
 from library.disk_space import may_write
+from library.documents import DocumentError, decode_text, parse_toml
 from library.errors import Problem, UserError, raise_if_any
 from library.options import did_you_mean
 from library.training.options import LoggingOptions
@@ -243,13 +243,13 @@ def tracker_settings(options: LoggingOptions) -> dict[str, dict[str, Any]]:
 
 def _read(path: Path) -> dict[str, Any]:
     try:
-        return tomllib.loads(path.read_text(encoding="utf-8-sig"))
-    except (OSError, UnicodeDecodeError) as error:
-        reason = getattr(error, "strerror", None) or "it is not UTF-8 text"
+        return parse_toml(decode_text(path.read_bytes()))
+    except OSError as error:
+        reason = error.strerror or error
         where = "--log_tracker_config"
         raise UserError(f"{path} cannot be read: {reason}", where=where, remedy="Check the path.") from error
-    except tomllib.TOMLDecodeError as error:
-        raise UserError(f"not valid TOML: {error}", where=str(path), remedy="Mend the line.") from error
+    except DocumentError as error:
+        raise UserError(f"the file cannot be used: {error}", where=str(path), remedy="Mend the line.") from error
 
 
 def _problems(table: Mapping[str, Any], path: Path) -> list[Problem]:

@@ -3,14 +3,13 @@
 A line is the prompt, then options that each begin with " --": ``a cat --n blurry --w 512 --h 768 --d 1 --s 28``.
 """
 
-import json
 import logging
-import tomllib
 from collections.abc import Callable, Collection, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Final
 
+from library.documents import DocumentError, is_text, parse_json, parse_toml, read_text
 from library.errors import Problem, UserError, raise_if_any
 from library.training.arguments import choose_from
 from library.training.options import SAMPLER_NAMES
@@ -19,6 +18,10 @@ logger = logging.getLogger(__name__)
 
 _MAX_STEPS: Final = 1000
 _MAX_SEED: Final = 2**63 - 1
+_MAX_SIDE: Final = 4096  # pixels
+_MOST_PROBLEMS: Final = 100
+"""Mistakes of one file that are told: looking for the nearest name of each takes time."""
+
 _SIDE_UNIT: Final = 8  # pixels: one pixel of latents
 _MIN_SIDE: Final = 64  # pixels
 
@@ -51,7 +54,10 @@ class PreviewPrompt:
 
 
 def _side(value: object) -> int:
-    return max(_MIN_SIDE, _whole(value) // _SIDE_UNIT * _SIDE_UNIT)
+    side = _whole(value)
+    if side > _MAX_SIDE:
+        raise ValueError(f"at most {_MAX_SIDE}")
+    return max(_MIN_SIDE, side // _SIDE_UNIT * _SIDE_UNIT)
 
 
 def _steps(value: object) -> int:
@@ -78,7 +84,7 @@ def _scale(value: object) -> float:
 
 
 def _text(value: object) -> str:
-    if not isinstance(value, str):
+    if not isinstance(value, str) or not is_text(value):
         raise ValueError("text")
     return value
 
@@ -97,8 +103,8 @@ class _Setting:
 _SETTINGS: Final = (
     _Setting("prompt", "prompt", None, _text, "text"),
     _Setting("negative_prompt", "negative_prompt", "n", _text, "text"),
-    _Setting("width", "width", "w", _side, "pixels, a whole number"),
-    _Setting("height", "height", "h", _side, "pixels, a whole number"),
+    _Setting("width", "width", "w", _side, f"pixels, a whole number up to {_MAX_SIDE}"),
+    _Setting("height", "height", "h", _side, f"pixels, a whole number up to {_MAX_SIDE}"),
     _Setting("steps", "sample_steps", "s", _steps, "a whole number, 1 to 1000"),
     _Setting("scale", "scale", "l", _scale, "a number such as 7.5"),
     _Setting("seed", "seed", "d", _seed, "a whole number, 0 or more"),
@@ -137,6 +143,9 @@ def load_prompts(
     problems: list[Problem] = []
     prompts: list[PreviewPrompt] = []
     for where, settings in reader(path, _read(path), problems):
+        if len(problems) >= _MOST_PROBLEMS:
+            problems.append(Problem("further mistakes are not listed", str(path), "Mend these first."))
+            break
         fields = _fields(settings, where, samplers, problems)
         prompts.append(PreviewPrompt(**{"prompt": "", "sampler": default_sampler, **fields, "index": len(prompts)}))
     raise_if_any(problems)
@@ -153,8 +162,8 @@ def as_table(prompt: PreviewPrompt) -> dict[str, object]:
 
 def _read(path: Path) -> str:
     try:
-        return path.read_text(encoding="utf-8-sig")
-    except UnicodeDecodeError as error:
+        return read_text(path)
+    except DocumentError as error:
         raise UserError("the prompt file is not UTF-8 text", where=str(path), remedy="Save it as UTF-8.") from error
     except OSError as error:
         raise UserError(
@@ -175,9 +184,9 @@ def _from_text(path: Path, content: str, problems: list[Problem]) -> Located:
 def _from_toml(path: Path, content: str, problems: list[Problem]) -> Located:
     """``[prompt]`` holds what all share, each ``[[prompt.subset]]`` a prompt that may override it."""
     try:
-        table = tomllib.loads(content)
-    except tomllib.TOMLDecodeError as error:
-        problems.append(Problem(f"not valid TOML: {error}", where=str(path), remedy="Mend the line."))
+        table = parse_toml(content)
+    except DocumentError as error:
+        problems.append(Problem(f"the file cannot be used: {error}", where=str(path), remedy="Mend the line."))
         return
     shared = table.get("prompt")
     subsets = shared.get("subset") if isinstance(shared, dict) else None
@@ -196,9 +205,9 @@ def _from_toml(path: Path, content: str, problems: list[Problem]) -> Located:
 def _from_json(path: Path, content: str, problems: list[Problem]) -> Located:
     """A list of tables, or of lines as in a text file."""
     try:
-        items: Any = json.loads(content)
-    except ValueError as error:
-        problems.append(Problem(f"not valid JSON: {error}", where=str(path), remedy="Mend the line."))
+        items: Any = parse_json(content)
+    except DocumentError as error:
+        problems.append(Problem(f"the file cannot be used: {error}", where=str(path), remedy="Mend the line."))
         return
     if not isinstance(items, list):
         problems.append(

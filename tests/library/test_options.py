@@ -280,13 +280,13 @@ def strategy_for(item: Declared):
     high = item.facts.maximum
     numbers = st.floats(-1e6 if low is None else low, 1e6 if high is None else high, allow_subnormal=False)
     integers = st.integers(-1000 if low is None else int(low), 1000 if high is None else min(int(high), 1000))
-    text = st.text(st.characters(exclude_categories=["Cs"]), min_size=1)
+    text = st.text(st.characters(exclude_categories=["Cs"], exclude_characters="\0"), min_size=1)
     by_type = {
         bool: st.booleans(),
         int: integers,
         float: numbers,
         str: text,
-        Path: text.filter(lambda name: "\0" not in name).map(Path),
+        Path: text.map(Path),
     }
     if item.facts.choices is not None:
         return st.sampled_from(item.facts.choices)

@@ -282,7 +282,7 @@ def test_all_mistakes_are_told_at_once_with_line_and_remedy(tmp_path):
     assert "batch_size" in found[4].remedy
     assert '"big"' in found[7].what
     assert "--prior_loss_weight" in found[8].remedy
-    assert "num_repeats must be a whole number of at least 1, not 0" in found[12].what
+    assert "num_repeats must be a whole number of at least 1 and at most 1,000,000, not 0" in found[12].what
     assert "from 0 to 1" in found[13].what
     assert found[17].remedy == "Move it to [general] or [[datasets]]."
     assert found[18].remedy == "Did you mean color_aug?"

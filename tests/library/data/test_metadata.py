@@ -241,7 +241,7 @@ def test_a_wrong_image_dir_is_named(tmp_path):
         ('{"a\\u0000": {"caption": "c"}}', "no path", 1),
         ('{"a\\ud800/b": {"caption": "c"}}', "no path ('a\\ud800/b')", 1),
         ('{"a": {"caption": "c\\udfff"}}', "caption must be text", 1),
-        ('{"a": ' + "1" * 5000 + "}", "no JSON", 1),
+        ('{"a": ' + "1" * 5000 + "}", "too many digits", 1),
     ],
 )
 def test_a_mistake_in_the_file_is_told_with_its_line(tmp_path, content, what, line):

@@ -162,7 +162,7 @@ def test_byte_order_mark_and_other_encodings(tmp_path):
     [
         ("p.txt", "# nothing\n\n", "no prompt in the file"),
         ("p.toml", "prompt = [", "not valid TOML"),
-        ("p.json", "[", "not valid JSON"),
+        ("p.json", "[", "no JSON"),
         ("p.json", "[1]", "1 is no prompt"),
         ("p.json", '[{"width": 64}]', "no prompt before the options"),
     ],
