@@ -13,6 +13,7 @@ import ast
 import importlib
 import json
 import re
+import shutil
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from functools import cache
@@ -26,6 +27,7 @@ from PIL import Image
 from torch.utils.data import DataLoader
 
 from library.data.dataset import TrainingDataset
+from library.data.disk_cache import DiskLatentCache
 from library.data.setup import prepare_data
 from library.errors import UserError
 from library.files import read_metadata
@@ -514,6 +516,31 @@ def test_max_data_loader_n_workers(trained: Callable[[str], object], monkeypatch
     assert asked == [3]
 
 
+@pytest.mark.parametrize("trusts", [True, False])
+def test_skip_cache_check(trusts: bool, trained: Callable[[str], object], monkeypatch: pytest.MonkeyPatch) -> None:
+    """What it means for an entry is shown in ``library/data/test_disk_cache.py``."""
+    seen: list[object] = []
+    fill = DiskLatentCache.fill
+
+    def watched(*given: object, **named: object) -> DiskLatentCache:
+        seen.append(named["trust_names"])
+        return fill(*given, **named)
+
+    monkeypatch.setattr(DiskLatentCache, "fill", watched)
+    trained("--cache_latents_to_disk" + " --skip_cache_check" * trusts)
+    assert seen == [trusts]
+
+
+@pytest.mark.parametrize("remembers", [True, False])
+def test_cache_info(remembers: bool, images: Path, tmp_path: Path) -> None:
+    """How it is used is shown in ``library/data/test_info_file.py``."""
+    shutil.copytree(images / "reg", tmp_path / "img")
+    argv = [f"--train_data_dir={tmp_path / 'img'}", "--resolution=64", *["--cache_info"] * remembers]
+    options = parse_options(OPTIONS["train_network"], argv, prog="x", description="", announce=lambda text: None)
+    read_data(options)
+    assert (tmp_path / "img" / "1_two" / "metadata_cache.json").exists() == remembers
+
+
 @pytest.mark.parametrize("script", SCRIPTS)
 def test_output_config(script: str, tmp_path: Path) -> None:
     own = ["--token_string=zwx"] if script in WORDS else []
@@ -528,7 +555,6 @@ def test_output_config(script: str, tmp_path: Path) -> None:
 LOSS = "scripts/test_loss_by_reference.py::test_networks"
 RUNTIME = "library/test_precision_of_runtime.py"
 HUB = "library/training/test_hub.py"
-CACHE = "library/data/test_disk_cache.py"
 LOGS = "scripts/test_logging.py::test_both_loggers"
 SEVERAL = f"{RUNTIME}::test_options_of_several_processes_reach_accelerate"
 UPLOADS = "scripts/test_hub_uploads.py"
@@ -569,10 +595,8 @@ ELSEWHERE: dict[str, str] = {
     "resume": "scripts/test_train_db.py::test_a_resumed_run_equals_the_uninterrupted_one",
     "config_file": "scripts/test_gui_files.py::test_it_runs_unchanged",
     "tokenizer_cache_dir": "library/models/test_stable_diffusion.py::test_the_tokenizer_folder_of_the_option_wins",
-    "cache_info": "library/data/test_info_file.py::*",
     "debug_dataset": "scripts/test_inspection.py::test_debug_dataset_writes_pictures_and_ends",
     "cache_latents_to_disk": "scripts/test_caching.py::test_the_cache_on_disk_trains_as_the_one_in_memory",
-    "skip_cache_check": f"{CACHE}::test_trusted_entries_of_the_wrong_size_are_refused_in_training",
     "mem_eff_attn": "library/models/test_attention.py::test_mem_eff_attn_equals_sdpa_in_unet_and_vae",
     "xformers": "library/models/test_attention.py::test_xformers_falls_back_to_sdpa_with_one_warning",
     "diffusers_xformers": "scripts/test_fine_tune.py::test_diffusers_xformers_means_xformers",
@@ -604,6 +628,8 @@ HERE = {
     "gradient_checkpointing": test_gradient_checkpointing,
     "fused_backward_pass": test_fused_backward_pass,
     "full_fp16": test_full_fp16,
+    "skip_cache_check": test_skip_cache_check,
+    "cache_info": test_cache_info,
     "max_data_loader_n_workers": test_max_data_loader_n_workers,
     "output_config": test_output_config,
 }

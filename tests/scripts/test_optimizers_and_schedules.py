@@ -107,7 +107,7 @@ def test_the_schedule_counts_optimizer_steps(accumulation: int, model: Path, dat
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("accumulation", [1, 2])
+@pytest.mark.parametrize("accumulation", [1, 2, 4])
 def test_the_schedule_counts_optimizer_steps_of_two_processes(
     accumulation: int, model: Path, dataset: Path, tmp_path: Path
 ) -> None:
