@@ -230,8 +230,8 @@ def _from_metadata(metadata_file: Path, source: SourceOptions, flags: Section) -
     findings: list[Finding] = []
     if source.reg_data_dir is not None:
         findings.append(
-            warning(
-                "--reg_data_dir is ignored: with --in_json there are no regularisation images",
+            error(
+                "--reg_data_dir does not go with --in_json, where there are no regularisation images",
                 "--reg_data_dir",
                 "Leave it out, or describe both sets in a file given with --dataset_config.",
             )

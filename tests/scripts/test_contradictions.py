@@ -1,13 +1,17 @@
 """Options that contradict each other or are out of range: refused by every script, before anything heavy is loaded."""
 
 import json
+import re
 import subprocess
 import sys
 from pathlib import Path
 
+import numpy as np
 import pytest
+from safetensors.numpy import save_file
 
 from library.errors import UserError
+from library.errors import run_script as end_with_code
 from tests.scripts.methods import SCRIPTS
 from tests.scripts.runs import script
 
@@ -126,6 +130,46 @@ def test_the_exit_code_is_2_and_nothing_heavy_is_imported(name: str, images: Pat
     assert "--full_bf16 needs --mixed_precision bf16" in done.stderr
     assert "--min_timestep" in done.stderr
     assert "Traceback" not in done.stderr
+
+
+EMBEDDING = "{folder}/three.safetensors"
+WRONG_USE = [
+    ("train_textual_inversion", ["--init_word= "], "--init_word is empty"),
+    ("train_textual_inversion", [f"--weights={EMBEDDING}"], "the file has 3 vectors, the new word 1"),
+    ("train_textual_inversion", ["--token_string=cat"], "vocabulary already"),
+    ("train_textual_inversion_XTI", [f"--weights={EMBEDDING}"], "the file has 3 vectors, the new word 1"),
+    ("train_db", ["--learning_rate_te=0", "--stop_text_encoder_training=2"], "never begins|leaves out"),
+    ("train_db", ["--in_json={folder}/meta.json"], "not on a metadata file"),
+    ("fine_tune", [], "no metadata file is given, and this method trains on nothing else"),
+    (
+        "fine_tune",
+        ["--in_json={folder}/meta.json", "--reg_data_dir={folder}/data"],
+        "there are no regularisation images",
+    ),
+]
+
+
+@pytest.mark.parametrize(("name", "arguments", "told"), WRONG_USE, ids=[f"{case[0]}-{case[2]}" for case in WRONG_USE])
+def test_wrong_use_of_a_method_ends_with_2(
+    name: str,
+    arguments: list[str],
+    told: str,
+    images: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    folder = images.parent
+    save_file({"emb_params": np.zeros((3, 64), np.float32)}, folder / "three.safetensors")
+    (folder / "meta.json").write_text('{"00": {"caption": "a thing"}}', encoding="utf-8")
+    command = given(name, images, *(word.format(folder=folder) for word in arguments))
+    monkeypatch.setattr(sys, "argv", [f"{name}.py", *command, f"--pretrained_model_name_or_path={images}"])
+    with pytest.raises(SystemExit) as ended:
+        end_with_code(script(name).main)
+    assert ended.value.code == 2
+    shown = capsys.readouterr().err
+    assert re.search(told, shown), shown
+    assert "Traceback" not in shown
+    assert not (folder / "out").exists()
 
 
 @pytest.mark.parametrize("name", ["train_db", "fine_tune"])

@@ -397,7 +397,8 @@ def test_the_command_line_describes_one_set(tmp_path):
     # The caption's words are no tags.
     assert json.loads(metadata["ss_tag_frequency"]) == {"meta.json": {"t": 2, "u": 1}}
     (finding,) = read(in_json=path, train=tmp_path / "images", reg=tmp_path)[1]
-    assert "--reg_data_dir is ignored" in finding.what
+    assert finding.severity == "error"
+    assert "--reg_data_dir does not go with --in_json" in finding.what
 
 
 def test_metadata_of_the_result_tells_the_method(tmp_path):
