@@ -6,6 +6,7 @@ from pathlib import Path
 
 from finetune.metadata_files import check_writable, named
 from library.errors import UserError
+from library.files import sweep
 
 log = logging.getLogger(__name__)
 
@@ -43,8 +44,11 @@ def to_write(images: Sequence[Path], extension: str, *, skip_existing: bool, ext
     Raises:
         UserError: A text file cannot be read, or one cannot be written.
     """
+    names = {text_file(image, extension).name for image in images}
     for folder in dict.fromkeys(image.parent for image in images):
         check_writable(folder / f"a{extension}")
+        # What a killed run was making; processes that share the images list them before the first one writes.
+        sweep(folder, names.__contains__)
     images = _one_a_text_file(images, extension)
     existing = {image for image in images if has_text(text_file(image, extension))}
     if existing and skip_existing:

@@ -16,7 +16,7 @@ from typing import Any, Final, TypeAlias
 from library.data.findings import warnings_of
 from library.data.metadata import read_metadata
 from library.errors import UserError
-from library.files import write_text
+from library.files import sweep, write_text
 from library.options import near_remedy
 
 log = logging.getLogger(__name__)
@@ -61,6 +61,7 @@ def write_entries(path: Path, metadata: Metadata) -> None:
         UserError: It cannot be written; what was there stays.
     """
     check_writable(path)
+    sweep(path.parent, lambda name: name == path.name)
     if path.suffix.lower() == _LINES:
         lines = (json.dumps({_KEY: key, **entry}) for key, entry in metadata.items())
         write_text(path, "".join(f"{line}\n" for line in lines))

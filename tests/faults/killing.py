@@ -120,19 +120,28 @@ def kill_at(number: int) -> Callable[[], None]:
 
     def prepare() -> None:
         left = number
-        for module, name in ((os, "replace"), (os, "fsync"), (os, "unlink"), (os, "mkdir"), (os, "rmdir")):
-            original: Any = getattr(module, name)
 
-            def watched(*arguments: Any, _original: Any = original, **named: Any) -> Any:
-                nonlocal left
-                left -= 1
-                if left == 0:
-                    os.kill(os.getpid(), signal.SIGKILL)
-                return _original(*arguments, **named)
+        def count() -> None:
+            nonlocal left
+            left -= 1
+            if left == 0:
+                os.kill(os.getpid(), signal.SIGKILL)
 
-            setattr(module, name, watched)
+        watch_changes(count)
 
     return prepare
+
+
+def watch_changes(told: Callable[[], None]) -> None:
+    """Call ``told`` before every change that this process makes to the file system from now on."""
+    for module, name in ((os, "replace"), (os, "fsync"), (os, "unlink"), (os, "mkdir"), (os, "rmdir")):
+        original: Any = getattr(module, name)
+
+        def watched(*arguments: Any, _original: Any = original, **named: Any) -> Any:
+            told()
+            return _original(*arguments, **named)
+
+        setattr(module, name, watched)
 
 
 def results(folder: Path) -> dict[str, str]:
