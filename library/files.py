@@ -30,7 +30,7 @@ _TEMPORARY_MARK: Final = ".writing-"
 _REPLACED_MARK: Final = ".replaced-"
 _HALF_MADE: Final = re.compile(f"(?:{re.escape(_TEMPORARY_MARK)}[0-9a-f]{{8}}-)+(.+)", re.DOTALL)
 _HASH_CHUNK: Final = 1 << 20
-_LONGEST_NAME: Final = 255
+LONGEST_NAME: Final = 255
 """Bytes of a file name, on every usual system."""
 _SAFETENSORS_DTYPES: Final = {
     "bool": "BOOL", "uint8": "U8", "int8": "I8", "uint16": "U16", "int16": "I16", "uint32": "U32", "int32": "I32",
@@ -181,7 +181,7 @@ def written_whole(path: Path) -> Iterator[Path]:
 def _temporary_beside(path: Path) -> Path:
     """A free name in the folder of ``path`` that ends as its own does, without the start of a very long one."""
     lead, rest = f"{_TEMPORARY_MARK}{uuid.uuid4().hex[:8]}-", path.name
-    while len(os.fsencode(lead + rest)) > _LONGEST_NAME:
+    while len(os.fsencode(lead + rest)) > LONGEST_NAME:
         rest = rest[1:]
     return path.with_name(lead + rest)
 
