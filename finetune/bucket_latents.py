@@ -12,15 +12,13 @@ from contextlib import suppress
 from dataclasses import dataclass, replace
 from pathlib import Path
 
-import numpy as np
-
 from library.data.buckets import bucket_resolutions, place
-from library.data.cache_entry import Entry, Source, UnusableEntryError, read_entry, write_entry
-from library.data.disk_cache import DiskLatentCache, Verdict, report
+from library.data.cache_entry import Source, UnusableEntryError, read_entry, write_entry
+from library.data.disk_cache import DiskLatentCache, Verdict, entry_of, report
 from library.data.folder_files import FolderFiles
 from library.data.image_headers import UnreadableImageError
 from library.data.images import ImageView, LoadedImage, load_image
-from library.data.latent_encoding import Encode, Posterior, Use, encoded
+from library.data.latent_encoding import Encode, Use, encoded
 from library.data.records import ImageRecord
 from library.data.setup import TrainingData, prepare_data
 from library.data.spec import AugmentRules, BucketRules, DatasetSpec, DataSpec, Size, SubsetSpec, size_objection
@@ -168,7 +166,8 @@ def _encode_all(
     views = {str(view.path): view.path for view in pending}
     try:
         for view, posterior in encoded(dict(pending), encode, batch_size=batch_size, progress=progress, load=load):
-            write_entry(_target(cache, view), _entry(cache, view, posterior, sources.pop(view)))
+            entry = entry_of(view, posterior, cache.settings(view), sources.pop(view))
+            write_entry(_target(cache, view), entry)
             del pending[view]
     except UserError as error:
         bad = {views[problem.where]: problem.what for problem in error.problems if problem.where in views}
@@ -176,19 +175,6 @@ def _encode_all(
             raise
         return bad
     return {}
-
-
-def _entry(cache: DiskLatentCache, view: ImageView, posterior: Posterior, source: Source) -> Entry:
-    mirrored, opacity = posterior.mirrored, posterior.opacity
-    return Entry(
-        mean=posterior.mean.numpy(),
-        std=posterior.std.numpy(),
-        mirrored=(mirrored[0].numpy(), mirrored[1].numpy()) if mirrored else None,
-        original_size=view.size,
-        mask=None if opacity is None else opacity.astype(np.float32) / np.float32(255),
-        settings=cache.settings(view),
-        source=source,
-    )
 
 
 def _target(cache: DiskLatentCache, view: ImageView) -> Path:

@@ -1,12 +1,13 @@
 """The text files beside images: which are to be written, and what becomes of those that are there."""
 
 import logging
+import os
 from collections.abc import Sequence
 from pathlib import Path
 
 from finetune.metadata_files import check_writable, named
-from library.errors import UserError
-from library.files import sweep
+from library.errors import Problem, UserError, raise_if_any
+from library.files import LONGEST_NAME, sweep
 
 log = logging.getLogger(__name__)
 
@@ -49,6 +50,13 @@ def to_write(images: Sequence[Path], extension: str, *, skip_existing: bool, ext
         check_writable(folder / f"a{extension}")
         # What a killed run was making; processes that share the images list them before the first one writes.
         sweep(folder, names.__contains__)
+    raise_if_any(
+        [
+            Problem("the name is so long that a text file cannot have it", str(image), "Shorten it.")
+            for image in images
+            if len(os.fsencode(text_file(image, extension).name)) > LONGEST_NAME
+        ]
+    )
     images = _one_a_text_file(images, extension)
     existing = {image for image in images if has_text(text_file(image, extension))}
     if existing and skip_existing:

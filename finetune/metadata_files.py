@@ -135,8 +135,8 @@ def store(path: Path, before: Metadata, after: Metadata, *, source: Path | None,
     if dry_run:
         print("\n".join(map(str, found)) or "nothing would change")
     _tell(before, after, found)
-    if path.exists() and (source is None or not path.samefile(source)):
-        _tell_replaced(path, after)
+    if (present := entries_to_replace(path, source=source)) is not None:
+        _tell_replaced(path, present, after)
     if dry_run:
         log.info("dry run: %s is not written", path)
         return
@@ -155,16 +155,26 @@ def _tell(before: Metadata, after: Metadata, found: Sequence[Change]) -> None:
         log.warning("%s changed in %d entries: %s", name, count, named(keys))
 
 
-def _tell_replaced(path: Path, after: Metadata) -> None:
-    """Say what is lost with an earlier file of the name."""
+def entries_to_replace(path: Path, *, source: Path | None) -> Metadata | None:
+    """What an earlier file of the name ``path`` holds; None where there is none, or it is the ``source`` itself.
+
+    Raises:
+        UserError: It is no metadata file, and so not to be replaced.
+    """
+    if not path.exists() or (source is not None and path.samefile(source)):
+        return None
     try:
-        present = read_entries(path)
+        return read_entries(path)
     except UserError as error:
         raise UserError(
             f"{path.name} exists and is no metadata file, so it is not replaced",
             where=str(path),
             remedy=f"Choose another name, or remove the file ({error.problems[0].what}).",
         ) from error
+
+
+def _tell_replaced(path: Path, present: Metadata, after: Metadata) -> None:
+    """Say what is lost with an earlier file of the name."""
     lost = [key for key in present if key not in after]
     log.warning("%s exists and is replaced; %d of its %d entries stay", path, len(present) - len(lost), len(present))
     if lost:

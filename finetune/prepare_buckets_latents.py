@@ -20,7 +20,14 @@ if str(ROOT) not in sys.path:
 
 from finetune.image_search import check_names, find_images, key_of, shared_keys  # noqa: E402
 from finetune.merging import recursive_problems  # noqa: E402
-from finetune.metadata_files import Metadata, check_writable, named, read_entries, store  # noqa: E402
+from finetune.metadata_files import (  # noqa: E402
+    Metadata,
+    check_writable,
+    entries_to_replace,
+    named,
+    read_entries,
+    store,
+)
 from finetune.vae_loading import check_vae_source, load_vae  # noqa: E402
 from library.data.config import bucket_bounds  # noqa: E402
 from library.data.spec import BucketRules, Size  # noqa: E402
@@ -177,6 +184,8 @@ def main(argv: list[str]) -> int:
     check_vae_source(place.model_name_or_path)
     check_writable(place.out_json)
     before = read_entries(place.in_json)
+    # Before hours of encoding.
+    entries_to_replace(place.out_json, source=place.in_json)
     images = find_images(place.train_data_dir, recursive=place.recursive)
     check_names(images)
     _check_keys(images, full_path=place.full_path)
@@ -198,7 +207,7 @@ def main(argv: list[str]) -> int:
 
 def _with_whole_alpha_mask(argv: list[str]) -> list[str]:
     """``argv`` with ``--alpha_mask`` alone written as what it means."""
-    following = [*argv[1:], "--"]
+    following = [*argv, "--"][1:]
     return [
         f"{word}=yes" if word == _ALPHA_FLAG and after.startswith("--") else word
         for word, after in zip(argv, following, strict=True)

@@ -40,7 +40,7 @@ _TEMPORARY_MARK: Final = ".writing-"
 _REPLACED_MARK: Final = ".replaced-"
 _HALF_MADE: Final = re.compile(f"(?:{re.escape(_TEMPORARY_MARK)}[0-9a-f]{{8}}-)+(.+)", re.DOTALL)
 _HASH_CHUNK: Final = 1 << 20
-_LONGEST_NAME: Final = 255
+LONGEST_NAME: Final = 255
 """Bytes of a file name, on every usual system."""
 _RECORD: Final = 640
 """Bytes that a tensor takes in a torch file besides its numbers, about."""
@@ -195,7 +195,7 @@ def written_whole(path: Path, *, size: int = 0) -> Iterator[Path]:
 def _temporary_beside(path: Path) -> Path:
     """A free name in the folder of ``path`` that ends as its own does, without the start of a very long one."""
     lead, rest = f"{_TEMPORARY_MARK}{uuid.uuid4().hex[:8]}-", path.name
-    while len(os.fsencode(lead + rest)) > _LONGEST_NAME:
+    while len(os.fsencode(lead + rest)) > LONGEST_NAME:
         rest = rest[1:]
     return path.with_name(lead + rest)
 

@@ -392,11 +392,11 @@ def _filled_cache(task: DenoisingTask, cache: CacheOptions, data: TrainingData) 
         task.model.vae.to(runtime.device)
         return None
     filled: LatentSource
-    with task.vae_in_use():
+    with task.encoding() as encode:
         if cache.cache_latents_to_disk:
             filled = DiskLatentCache.fill(
                 data,
-                task.posterior,
+                encode,
                 vae=encoder_digest(task.model.vae),
                 batch_size=cache.vae_batch_size,
                 trust_names=cache.skip_cache_check,
@@ -404,7 +404,7 @@ def _filled_cache(task: DenoisingTask, cache: CacheOptions, data: TrainingData) 
                 progress=runtime.is_main,
             )
         else:
-            filled = LatentCache.fill(data, task.posterior, batch_size=cache.vae_batch_size, progress=runtime.is_main)
+            filled = LatentCache.fill(data, encode, batch_size=cache.vae_batch_size, progress=runtime.is_main)
     runtime.release_memory()
     return filled
 

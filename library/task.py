@@ -1,8 +1,9 @@
 """Denoising with Stable Diffusion: what every method does with a batch and with a preview prompt."""
 
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
+from functools import cache
 from typing import TYPE_CHECKING
 
 import torch
@@ -190,6 +191,18 @@ class DenoisingTask:
         with self.vae_in_use(), torch.autocast(self.runtime.device.type, enabled=False):
             pixels = decode_latents(model.vae, latents, scale=model.variant.latent_scale)
         return _to_image(pixels[0])
+
+    @contextmanager
+    def encoding(self) -> Iterator[Callable[[Tensor], tuple[Tensor, Tensor]]]:
+        """:meth:`posterior` with the VAE on the device from the first image on, and back where it was afterwards."""
+        with ExitStack() as in_use:
+            start = cache(lambda: in_use.enter_context(self.vae_in_use()))
+
+            def encode(pixels: Tensor) -> tuple[Tensor, Tensor]:
+                start()
+                return self.posterior(pixels)
+
+            yield encode
 
     @contextmanager
     def vae_in_use(self) -> Iterator[None]:

@@ -132,7 +132,7 @@ def main(argv: list[str]) -> int:
     _make_folder(target)
     _tell_replaced(target)
     bad: list[str] = []
-    for name in tqdm(images, desc="resizing", unit="image"):
+    for name in tqdm(images, desc="resizing", unit="image", disable=None):
         try:
             _copies(source / name, target, options.resize)
         except UserError as error:

@@ -6,6 +6,8 @@ image with other settings than the entry that has the name already goes beside i
 
 A metadata file may name images anywhere, but nothing is written there: the entry of an image that lies neither below
 the image folder nor below that of the metadata file goes into the image folder, as ``<stem>-<digest of its path>_...``.
+
+A stem that leaves no room for the rest (systems allow names of 255 bytes) is cut, with a digest in place of its end.
 """
 
 import hashlib
@@ -20,6 +22,7 @@ from typing import Final
 
 from library.data.folders import IMAGE_SUFFIXES, UNREAD_IMAGE_SUFFIXES
 from library.data.images import ImageView
+from library.files import LONGEST_NAME
 
 ENTRY_NAME: Final = re.compile(r".+_\d{4,}x\d{4,}_sd(\.[0-9a-f]{8})?\.npz")
 """Names of entries, ours and those we share with other programs."""
@@ -101,13 +104,15 @@ class Places:
         stem, rest = path.stem if is_certain else path.name, f"_{width:04d}x{height:04d}_sd"
         home = self._homes[view]
         folder = self._new_folders[path.parent, home.folders]
-        beside = (path.with_name(f"{stem}{rest}.npz"), *((path.with_suffix(".npz"),) if is_certain else ()))
+        older = (path.with_suffix(".npz"),) if is_certain else ()
+        beside = (path.with_name(_fitting(stem, f"{rest}.npz")), *older)
         elsewhere, shared = beside[1:], beside[0]
         if folder is not None:
-            elsewhere, shared = beside, folder / f"{stem}-{_path_digest(path)}{rest}.npz"
+            stem = f"{stem}-{_digest(os.path.realpath(path))}"
+            elsewhere, shared = beside, folder / _fitting(stem, f"{rest}.npz")
         return Place(
             shared=shared,
-            own=shared.with_name(f"{shared.stem}.{settings}.npz"),
+            own=shared.with_name(_fitting(stem, f"{rest}.{settings}.npz")),
             elsewhere=elsewhere,
             may_share=view not in self._secondary,
             is_certain=is_certain,
@@ -129,8 +134,18 @@ def _on_one_drive(one: str, other: str) -> bool:
     return os.path.splitdrive(one)[0] == os.path.splitdrive(other)[0]
 
 
-def _path_digest(path: Path) -> str:
-    return hashlib.blake2b(os.path.realpath(path).encode("utf-8", "surrogateescape"), digest_size=4).hexdigest()
+def _fitting(stem: str, rest: str) -> str:
+    """``stem`` and ``rest`` as one file name, with a digest for the end of a stem that leaves too little room."""
+    if len(os.fsencode(stem + rest)) <= LONGEST_NAME:
+        return stem + rest
+    rest = f"-{_digest(stem)}{rest}"
+    while len(os.fsencode(stem + rest)) > LONGEST_NAME:
+        stem = stem[:-1]
+    return stem + rest
+
+
+def _digest(text: str) -> str:
+    return hashlib.blake2b(text.encode("utf-8", "surrogateescape"), digest_size=4).hexdigest()
 
 
 def _doubtful(folder: Path) -> set[Path]:

@@ -229,7 +229,8 @@ class DiskLatentCache:
                 total=len(uses),
                 desc="checking the latent cache",
                 unit="image",
-                disable=not progress,
+                # None asks whether the error output is a terminal.
+                disable=None if progress else True,
                 leave=False,
             )
             return dict(zip(uses, shown, strict=True))
@@ -298,7 +299,7 @@ class DiskLatentCache:
             return load_image(view)
 
         for view, posterior in encoded(uses, encode, batch_size=batch_size, progress=progress, load=load):
-            entry = _entry(view, posterior, self.settings(view), sources.pop(view))
+            entry = entry_of(view, posterior, self.settings(view), sources.pop(view))
             path = self._target(view, entry)
             write_entry(path, _completed(entry, path))
 
@@ -415,7 +416,8 @@ def _touched(entry: Entry, view: ImageView, *, reads_image: bool) -> Source | No
     return None if looks_same else now
 
 
-def _entry(view: ImageView, posterior: Posterior, settings: Settings, source: Source) -> Entry:
+def entry_of(view: ImageView, posterior: Posterior, settings: Settings, source: Source) -> Entry:
+    """The entry of ``view``, encoded with ``settings`` from the image that ``source`` describes."""
     mirrored, opacity = posterior.mirrored, posterior.opacity
     return Entry(
         mean=posterior.mean.numpy(),

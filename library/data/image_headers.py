@@ -57,7 +57,9 @@ def size_of_many(path: str) -> Size:
     except Image.DecompressionBombError as problem:
         raise UnreadableImageError("it has more pixels than can be decoded safely") from problem
     except UnidentifiedImageError as problem:
-        raise UnreadableImageError(_unknown_content(path)) from problem
+        raise UnreadableImageError(unknown_content(path)) from problem
+    except FileNotFoundError as problem:
+        raise UnreadableImageError("it is not there, or what it links to is gone") from problem
     except Exception as problem:  # whatever the bytes make a decoder stumble over
         raise UnreadableImageError(str(problem) or type(problem).__name__) from problem
     return (size[1], size[0]) if orientation in _SIDEWAYS else size
@@ -82,7 +84,8 @@ def without_size_warnings() -> Iterator[None]:
         yield
 
 
-def _unknown_content(path: str) -> str:
+def unknown_content(path: str) -> str:
+    """What is in a file that no decoder knows."""
     with open(path, "rb") as file:
         content = file.read(512)
     if not content:

@@ -14,10 +14,11 @@ from typing import TYPE_CHECKING, Any, Final, TypeAlias
 
 import numpy as np
 from numpy.typing import NDArray
-from PIL import Image
+from PIL import Image, UnidentifiedImageError
 
 from library.data.buckets import Placement
 from library.data.folders import IMAGE_FORMATS, enable_format
+from library.data.image_headers import unknown_content
 from library.data.spec import Size
 from library.errors import UserError
 
@@ -113,8 +114,9 @@ def decode(path: Path) -> DecodedImage:
     except FileNotFoundError as error:
         raise UserError("image not found", where=str(path), remedy="Put it back, or remove its entry.") from error
     except Exception as error:  # whatever the bytes make a decoder stumble over
+        reason = unknown_content(str(path)) if isinstance(error, UnidentifiedImageError) else error
         raise UserError(
-            f"cannot read the image: {error}",
+            f"cannot read the image: {reason}",
             where=str(path),
             remedy="The file is truncated, damaged or of an unknown kind: replace it, or take it out of the folder.",
         ) from error

@@ -51,3 +51,13 @@ def test_a_folder_that_cannot_be_written_to_is_refused_before_the_work(images, t
     monkeypatch.setattr(metadata_files.os, "access", lambda path, mode: mode != os.W_OK)
     with pytest.raises(UserError, match="may be written to"):
         to_write(images, ".txt", skip_existing=False)
+
+
+def test_names_that_are_too_long_for_a_text_file_are_all_told_before_the_work(images, tmp_path):
+    long = [tmp_path / f"{letter * 248}.png" for letter in "xy"]
+    for path in long:
+        path.touch()
+    with pytest.raises(UserError, match="so long that a text file cannot have it") as caught:
+        to_write([*images, *long], ".caption", skip_existing=True)
+    assert [problem.where for problem in caught.value.problems] == [str(path) for path in long]
+    assert to_write([*images, *long], ".txt", skip_existing=True)[-2:] == long

@@ -7,7 +7,7 @@ import pytest
 
 from finetune import make_captions, make_captions_by_git
 from finetune.git_captions import without_visible_text
-from tests.finetune.runs import ROOT, mistake, start, texts
+from tests.finetune.runs import ROOT, TORCHRUN, mistake, start, texts
 from tests.finetune.tiny_models import PLACES, write_images
 
 GOLDEN = json.loads((ROOT / "tests/golden/git_remove_words.json").read_text())
@@ -158,6 +158,22 @@ def test_from_inside_the_folder_of_the_tools(images, blip_folder):
     _, errors = script.communicate(timeout=120)
     assert script.returncode == 0, errors
     assert len(texts(images, ".caption")) == 5
+
+
+@pytest.mark.slow
+def test_two_processes_share_the_images(blip, blip_folder, images):
+    (images / "003.png").write_bytes(b"")
+    code, alone = blip()
+    assert code == 1
+    for name in alone:
+        (images / name).unlink()
+    words = (images, "--caption_weights", blip_folder, "--max_length", 16, "--batch_size", 2)
+    script = start(ROOT / "finetune/make_captions.py", *words, cwd=images, launcher=TORCHRUN)
+    _, errors = script.communicate(timeout=240)
+    assert script.returncode == 1, errors
+    assert texts(images, ".caption") == alone
+    assert errors.count("1 images could not be read") == 1
+    assert "003.png: cannot read the image: the file is empty" in errors
 
 
 def git(images: Path, folder: Path, *argv):

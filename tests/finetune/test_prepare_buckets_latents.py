@@ -10,6 +10,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from diffusers import AutoencoderKL
 from PIL import Image
 
 from finetune import prepare_buckets_latents
@@ -104,17 +105,35 @@ def test_training_uses_the_latents_without_encoding(
     ]
     plain = run_script(script, tmp_path / "without", *given)
 
-    def never(*_: object) -> None:
-        raise AssertionError("an image was encoded")
+    used: list[str] = []
+    move, encode = AutoencoderKL.to, AutoencoderKL.encode
 
-    monkeypatch.setattr("diffusers.AutoencoderKL.encode", never)
+    def watched_move(vae: AutoencoderKL, *where: object, **more: object) -> AutoencoderKL:
+        if "device" in more or any(isinstance(one, torch.device | str) for one in where):
+            used.append("moved")
+        return move(vae, *where, **more)
+
+    def watched_encode(vae: AutoencoderKL, *given: object, **more: object) -> object:
+        used.append("encoded")
+        return encode(vae, *given, **more)
+
+    monkeypatch.setattr(AutoencoderKL, "to", watched_move)
+    monkeypatch.setattr(AutoencoderKL, "encode", watched_encode)
     again = run_script(script, tmp_path / "with", *given)
     assert (again.code, again.losses) == (0, plain.losses)
+    # Not even put on the device.
+    assert used == []
     assert latents(images) == made
     # Nor are the images needed any more.
-    for image in images.glob("*.png"):
+    kept = {image: image.read_bytes() for image in images.glob("*.png")}
+    for image in kept:
         image.unlink()
     assert run_script(script, tmp_path / "alone", *given).code == 0
+    assert used == []
+    for image, content in kept.items():
+        image.write_bytes(content)
+    assert run_script(script, tmp_path / "mirrored", *given, "--flip_aug").code == 0
+    assert set(used) == {"moved", "encoded"}
 
 
 def test_what_is_valid_is_kept_and_the_rest_made_anew(

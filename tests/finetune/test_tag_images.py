@@ -13,7 +13,7 @@ from PIL import Image
 from finetune import image_work, tag_output
 from finetune.tag_images_by_wd14_tagger import main
 from library.data.metadata import read_metadata
-from tests.finetune.runs import ROOT, mistake, start, texts
+from tests.finetune.runs import ROOT, TORCHRUN, mistake, start, texts
 from tests.finetune.tiny_models import TAGS, write_images, write_mapped_tagger, write_tagger
 
 NAMES = [name for name, _ in TAGS]
@@ -383,9 +383,8 @@ def test_two_processes_share_the_work(tag, images, tagger_dir, tmp_path, monkeyp
     alone_json = (tmp_path / "tags.json").read_bytes() if output else None
     for path in images.glob("*.txt"):
         path.unlink()
-    launcher = ("-m", "torch.distributed.run", "--nproc_per_node", "2", "--master_port", "29517")
     words = (ROOT / "finetune/tag_images_by_wd14_tagger.py", images, "--model_dir", tagger_dir, "--frequency_tags")
-    script = start(words[0], *words[1:], *output, cwd=tmp_path, launcher=launcher)
+    script = start(words[0], *words[1:], *output, cwd=tmp_path, launcher=TORCHRUN)
     shown, errors = script.communicate(timeout=240)
     assert script.returncode == 1
     assert errors.count("1 images could not be read") == 1

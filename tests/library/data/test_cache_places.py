@@ -117,3 +117,23 @@ def test_without_an_image_folder_entries_go_to_that_of_the_metadata_file(tmp_pat
     filled(tmp_path, [outside], image_dir=tmp_path / "nowhere")
     (name,) = entries(tmp_path)
     assert name.startswith("set/a-")
+
+
+def test_the_entry_of_an_image_with_a_very_long_name_has_room_for_the_rest(tmp_path):
+    folder = tmp_path / "set" / "images"
+    # 255 bytes each, in 89 letters of which the last one differs.
+    names = [f"{'図' * 83}{end}" for end in ("aa", "ab")]
+    for shade, name in enumerate(names):
+        picture(folder / f"{name}.png", shade)
+    data, cache = filled(tmp_path, names)
+    found = {name.removeprefix("set/images/") for name in entries(tmp_path)}
+    assert len(found) == 2
+    assert all(name.startswith("図" * 70) and name.endswith("_0064x0064_sd.npz") for name in found)
+    assert all(len(name.encode()) <= 255 for name in found)
+    assert not any(verdict.reason for verdict in cache.judge_all(uses_of(data), progress=False).values())
+    # With other settings their entries go beside, under names of their own.
+    other_data, other = filled(tmp_path, names, vae="b")
+    assert len(entries(tmp_path)) == 4
+    assert not any(verdict.reason for verdict in other.judge_all(uses_of(other_data), progress=False).values())
+    assert not any(verdict.reason for verdict in cache.judge_all(uses_of(data), progress=False).values())
+    assert len(unused_files(cache, uses_of(data), progress=False)) == 2
