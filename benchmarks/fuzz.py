@@ -40,6 +40,7 @@ PORTION = 1000
 """Structured inputs that are made at a time."""
 
 HEADINGS = ("reader", "kind", "inputs", "refused", "findings", "seconds", "slowest")
+WIDTHS = (13, 10, 7, 7, 8, 7, 7)
 
 
 @dataclass
@@ -116,18 +117,18 @@ def _place(problem: BaseException) -> str:
     return place
 
 
-def show(lines: list[Line], findings: Path) -> None:
-    """Print the table, and keep the inputs that found something."""
-    rows = [HEADINGS, tuple("-" * len(heading) for heading in HEADINGS), *(line.cells() for line in lines)]
-    widths = [max(len(row[column]) for row in rows) for column in range(len(HEADINGS))]
-    for row in rows:
-        print(" | ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)), flush=True)
+def show(*cells: str) -> None:
+    """Print a line of the table."""
+    print(" | ".join(cell.ljust(width) for cell, width in zip(cells, WIDTHS, strict=True)), flush=True)
+
+
+def keep(lines: list[Line], findings: Path) -> None:
+    """Keep the inputs that found something, and list them."""
     for line in lines:
         for what, case in line.findings.items():
             findings.mkdir(parents=True, exist_ok=True)
-            name = (
-                f"{line.reader.replace(' ', '_')}-{hashlib.sha256(case.content).hexdigest()[:8]}-{Path(case.name).name}"
-            )
+            digest = hashlib.sha256(case.content).hexdigest()[:8]
+            name = f"{line.reader.replace(' ', '_')}-{digest}-{Path(case.name).name}"
             (findings / name).write_bytes(case.content)
             print(f"{name}: {what}", flush=True)
 
@@ -144,6 +145,8 @@ def main() -> int:
     resource.setrlimit(resource.RLIMIT_AS, (MEMORY, MEMORY))
     os.environ.setdefault("OMP_NUM_THREADS", "1")
     lines: list[Line] = []
+    show(*HEADINGS)
+    show(*("-" * width for width in WIDTHS))
     with tempfile.TemporaryDirectory() as temporary, contextlib.suppress(KeyboardInterrupt):
         folder = Path(temporary) / "files"
         prepare(folder)
@@ -154,8 +157,11 @@ def main() -> int:
                 ("mutated", changed, arguments.mutated),
             ):
                 lines.append(Line(reader, kind))
-                run(lines[-1], make(reader, count, arguments.seed), count, folder)
-    show(lines, arguments.findings)
+                try:
+                    run(lines[-1], make(reader, count, arguments.seed), count, folder)
+                finally:
+                    show(*lines[-1].cells())
+    keep(lines, arguments.findings)
     return int(any(line.findings for line in lines))
 
 

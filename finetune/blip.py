@@ -10,7 +10,7 @@ from numpy.typing import NDArray
 from PIL import Image
 
 from finetune.blip_weights import read_weights, structure_of, words_of_vocabulary
-from finetune.hub_models import fetch, first_line, model_folder, tokenizer_files
+from finetune.hub_models import NO_CODE, fetch, first_line, model_folder, tokenizer_files
 from finetune.nucleus import KeyedNucleus
 from library.data.images import decode
 from library.errors import UserError
@@ -188,8 +188,8 @@ def _from_folder(folder: Path, source: str) -> tuple[Any, Any]:
 
     model, tokenizer = loaded(
         lambda: (
-            BlipForConditionalGeneration.from_pretrained(folder, dtype="float32", local_files_only=True),
-            AutoTokenizer.from_pretrained(folder, local_files_only=True),
+            BlipForConditionalGeneration.from_pretrained(folder, dtype="float32", **NO_CODE),
+            AutoTokenizer.from_pretrained(folder, local_files_only=True, trust_remote_code=False),
         ),
         what="BLIP model",
         where=f"{FLAG} {source}",

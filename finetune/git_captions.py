@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any, Final
 from PIL import Image
 
 from finetune.blip import loaded
-from finetune.hub_models import model_folder
+from finetune.hub_models import NO_CODE, model_folder
 from library.data.images import decode
 
 if TYPE_CHECKING:
@@ -97,8 +97,8 @@ def load_git(source: str, device: "torch.device") -> Git:
     folder = model_folder(source, flag=FLAG)
     model, processor = loaded(
         lambda: (
-            GitForCausalLM.from_pretrained(folder, dtype="float32", local_files_only=True),
-            AutoProcessor.from_pretrained(folder, local_files_only=True),
+            GitForCausalLM.from_pretrained(folder, dtype="float32", **NO_CODE),
+            AutoProcessor.from_pretrained(folder, local_files_only=True, trust_remote_code=False),
         ),
         what="GIT model",
         where=f"{FLAG} {source}",

@@ -21,6 +21,9 @@ _GENERAL: Final = frozenset(
         "vocab.txt",
     )
 )
+NO_CODE: Final = {"local_files_only": True, "attn_implementation": "eager"}
+"""How models are loaded: a configuration may otherwise name a hub repository whose code would be fetched and run."""
+
 _WEIGHTS: Final = ("model.safetensors", "model.safetensors.index.json", "pytorch_model.bin")
 """Files of weights, best first."""
 

@@ -1,13 +1,13 @@
 """What the outputs of a tagger stand for, and the words that are written for them."""
 
 import csv
-import json
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from enum import Enum
 from pathlib import Path
 from typing import Any, Final
 
+from library.documents import read_table
 from library.errors import UserError
 
 _SHORT: Final = 3
@@ -140,7 +140,7 @@ def read_mapping(path: Path) -> list[Label]:
         UserError: It is no such file.
     """
     try:
-        content: dict[str, Any] = json.loads(path.read_text(encoding="utf-8-sig"))
+        content: dict[str, Any] = read_table(path)
         if "idx_to_tag" in content:
             categories = content["tag_to_category"]
             found = {int(key): (tag, categories[tag]) for key, tag in content["idx_to_tag"].items()}

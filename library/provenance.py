@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any, Final
 
 from library.data.content_hashes import content_hashes
+from library.documents import home_expanded
 from library.models.contents import model_files, vae_files
 from library.option_fields import declarations
 from library.options import PRIVATE_METAVARS, to_toml
@@ -47,7 +48,7 @@ def told_options(options: object, names: Placeholders, scrub: Scrubber) -> dict[
         key, equals, rest = value.partition("=")
         if equals and key.isidentifier():
             return f"{key}={told(name, rest)}"
-        if name in _MODELS and not Path(value).expanduser().exists():
+        if name in _MODELS and not home_expanded(Path(value)).exists():
             return value
         return names.of(value, f"--{name}") if name in paths or is_absolute(value) else scrub(value)
 
@@ -106,13 +107,13 @@ def content_of(uses: Iterable[str], source: str) -> dict[str, Any]:
     reader = next((read for name, read in _MODELS.items() if name in used), _plain_files)
     files = reader(source)
     hashes = content_hashes(files.values(), progress=True)
-    if Path(source).expanduser().is_file():
+    if home_expanded(Path(source)).is_file():
         return {"sha256": hashes[next(iter(files.values()))]}
     return {"files": {name: hashes[file] for name, file in files.items()}}
 
 
 def _plain_files(source: str) -> dict[str, Path]:
-    path = Path(source).expanduser()
+    path = home_expanded(Path(source))
     if not path.is_dir():
         return {path.name: path}
     return {file.relative_to(path).as_posix(): file for file in sorted(path.rglob("*")) if file.is_file()}

@@ -8,6 +8,7 @@ from typing import Any, Final
 
 from library.data.fingerprint import data_differences, data_fingerprint
 from library.data.support import DREAMBOOTH, FINE_TUNING, NETWORK, TEXTUAL_INVERSION
+from library.documents import home_expanded
 from library.errors import Problem, UserError, raise_if_any
 from library.files import write_json
 from library.inputs import read_data, split_data
@@ -53,10 +54,10 @@ def places_of(manifest: Mapping[str, Any], given: Sequence[str]) -> dict[str, st
         if name not in inputs:
             remedy = did_you_mean(name, inputs) or f"The manifest names: {', '.join(inputs) or 'none'}."
             problems.append(Problem(f"the manifest has no input called '{name}'", f"--map '{text}'", remedy))
-        elif not place or not Path(place).expanduser().exists():
+        elif not place or not home_expanded(Path(place)).exists():
             problems.append(Problem(f"there is no '{place}'", f"--map '{text}'", "Write --map 'NAME=PLACE'."))
         else:
-            places[name] = os.path.abspath(Path(place).expanduser())
+            places[name] = os.path.abspath(home_expanded(Path(place)))
     mistaken = {_divided(text.removeprefix(MARK), inputs)[0] for text in given}
     for name, one in inputs.items():
         kept = one.get("path")

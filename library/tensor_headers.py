@@ -143,6 +143,8 @@ def check_tensors(tensors: "Mapping[str, Tensor]", size: int) -> None:
     for name, tensor in tensors.items():
         if tensor.layout != torch.strided or tensor.device.type != "cpu" or tensor.is_quantized:
             raise HeaderError(f"{name} is no plain array")
+        if min(tensor.shape, default=0) < 0:
+            raise HeaderError(f"{name} has no shape")
         total += tensor.nbytes
         if tensor.nbytes > tensor.untyped_storage().nbytes() or total > _SHARING * size:
             raise HeaderError(f"{name} is larger than what the file holds of it")

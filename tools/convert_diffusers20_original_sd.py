@@ -17,9 +17,16 @@ ROOT = Path(__file__).resolve().parent.parent
 if str(ROOT) not in sys.path:
     sys.path.insert(0, str(ROOT))
 
+from library.documents import parse_json  # noqa: E402
 from library.errors import Problem, UserError, raise_if_any, run_script  # noqa: E402
 from library.files import read_header  # noqa: E402
-from library.models.detect import SourceFacts, describe_source, family_problems, weight_file  # noqa: E402
+from library.models.detect import (  # noqa: E402
+    SourceFacts,
+    describe_source,
+    family_problems,
+    read_config,
+    weight_file,
+)
 from library.models.formats import ModelFormat, is_trained_folder  # noqa: E402
 from library.models.options import ModelOptions, PromptOptions  # noqa: E402
 from library.option_positions import missing_positions, name_positions, split_positions  # noqa: E402
@@ -44,7 +51,7 @@ def _metadata(raw: object) -> str:
     if raw == "":
         return ""
     try:
-        content = json.loads(str(raw))
+        content = parse_json(str(raw))
     except ValueError:
         try:
             content = ast.literal_eval(str(raw))
@@ -203,7 +210,7 @@ def _convert(options: Options, model: ModelOptions, facts: SourceFacts, referenc
     dtype = dtypes[options.precision or _stored_precision(facts)]
     loaded = load_stable_diffusion(model, PromptOptions(), dtype=dtype)
     if reference is not None and reference.path is not None:
-        size = json.loads((reference.path / "unet/config.json").read_text(encoding="utf-8")).get("sample_size")
+        size = read_config(reference.path / "unet/config.json").get("sample_size")
         loaded.unet.register_to_config(sample_size=size)
         loaded = replace(loaded, origin=origin_of(reference.path))
     if target.exists():

@@ -12,6 +12,7 @@ ROOT = Path(__file__).resolve().parent.parent
 if str(ROOT) not in sys.path:
     sys.path.insert(0, str(ROOT))
 
+from library.documents import read_table  # noqa: E402
 from library.errors import Problem, UserError, run_script  # noqa: E402
 from library.files import read_metadata  # noqa: E402
 from library.models.formats import METADATA_FILE  # noqa: E402
@@ -69,7 +70,7 @@ def _metadata(path: Path) -> dict[str, str]:
 
 def _of_folder(folder: Path) -> dict[str, str]:
     try:
-        content: dict[str, str] = dict(json.loads((folder / METADATA_FILE).read_text(encoding="utf-8")))
+        content: dict[str, str] = read_table(folder / METADATA_FILE)
     except FileNotFoundError as error:
         raise UserError(
             f"the folder has no {METADATA_FILE}, which training writes",

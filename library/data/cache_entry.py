@@ -298,11 +298,15 @@ def _unpacked(content: bytes | bytearray, name: str) -> dict[str, NDArray[Any]]:
         if size > _LARGEST:
             raise UnusableEntryError(f"{name} would have {size:,} bytes when it is unpacked, as no latents do")
         with np.load(io.BytesIO(content), allow_pickle=False) as archive:
-            return {known: archive[known] for known in archive.files if known in _KNOWN}
+            arrays = {known: archive[known] for known in archive.files if known in _KNOWN}
     except UnusableEntryError:
         raise
     except Exception as error:  # whatever the bytes make the reader stumble over
         raise UnusableEntryError(f"damaged: {name} is not a whole .npz file") from error
+    # What has no head of an array comes as bytes.
+    if not all(isinstance(values, np.ndarray) for values in arrays.values()):
+        raise UnusableEntryError(f"damaged: {name} holds something else than arrays")
+    return arrays
 
 
 def _ours(content: bytearray) -> Entry:

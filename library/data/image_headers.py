@@ -23,6 +23,10 @@ _SIDEWAYS: Final = frozenset((5, 6, 7, 8))
 _JPEG_END: Final = b"\xff\xd9"
 _JPEG_SCAN: Final = 0xDA
 _PNG_START: Final = 8
+_LARGE: Final = 1 << 25
+_PIXELS_PER_BYTE: Final = 20_000
+"""Twice what a blank picture of one bit a pixel comes to in a PNG file."""
+
 _LATE_ORIENTATION: Final = (b"Raw profile type exif", b"XML:com.adobe.xmp")
 
 
@@ -48,6 +52,7 @@ def size_of_many(path: str) -> Size:
         enable_format(Path(path))
     try:
         with open(path, "rb", opener=open_at_once) as file, Image.open(file, formats=IMAGE_FORMATS) as image:
+            _check_proportion(image.size, _file_size(file))
             needs_decoding = _raises_doubt(file, image.format or "")
             # PNG's own getexif decodes the image to look behind the pixels, which _raises_doubt has done without.
             orientation = Image.Image.getexif(image).get(_ORIENTATION_TAG, 1)
@@ -60,9 +65,22 @@ def size_of_many(path: str) -> Size:
         raise UnreadableImageError(unknown_content(path)) from problem
     except FileNotFoundError as problem:
         raise UnreadableImageError("it is not there, or what it links to is gone") from problem
+    except UnreadableImageError:
+        raise
     except Exception as problem:  # whatever the bytes make a decoder stumble over
         raise UnreadableImageError(str(problem) or type(problem).__name__) from problem
     return (size[1], size[0]) if orientation in _SIDEWAYS else size
+
+
+def _check_proportion(size: Size, length: int) -> None:
+    """Refuse a few bytes that claim to be a very large image: to decode it takes seconds and gigabytes.
+
+    Raises:
+        UnreadableImageError: They do.
+    """
+    pixels = size[0] * size[1]
+    if pixels > max(_LARGE, _PIXELS_PER_BYTE * length):
+        raise UnreadableImageError(f"it claims to have {size[0]}x{size[1]} pixels, in {length} bytes")
 
 
 def _decoded_size(path: str) -> tuple[Size, int]:
@@ -86,7 +104,7 @@ def without_size_warnings() -> Iterator[None]:
 
 def unknown_content(path: str) -> str:
     """What is in a file that no decoder knows."""
-    with open(path, "rb") as file:
+    with open(path, "rb", opener=open_at_once) as file:
         content = file.read(512)
     if not content:
         return "the file is empty"

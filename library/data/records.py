@@ -210,7 +210,7 @@ def _scan_subset(
             mask=mask,
         )
     findings.extend(_shortened(damaged, "images that cannot be read", subset))
-    if subset.cache_info and subset.metadata_file is None and folders.is_first(subset.image_dir):
+    if images and subset.cache_info and subset.metadata_file is None and folders.is_first(subset.image_dir):
         read = [
             (name, fallback if caption is None else caption, size)
             for _, name, size, caption, *_ in images

@@ -1,6 +1,5 @@
 """Which of the saved models did best in validation, marked in a small JSON file beside them."""
 
-import json
 import logging
 import math
 from collections.abc import Mapping
@@ -8,6 +7,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 
 from library.disk_space import room_for
+from library.documents import read_table
 from library.files import write_json
 from library.training.privacy import shown_path
 
@@ -85,7 +85,9 @@ class BestModel:
 
     def _read(self) -> Mark | None:
         try:
-            mark = Mark(**json.loads(self.path.read_text(encoding="utf-8")))
+            mark = Mark(**read_table(self.path))
+            # What is beside the mark may be removed later, and nothing else.
+            is_beside = mark.file == Path(mark.file).name
         except (OSError, ValueError, TypeError):
             return None
-        return mark if (self.path.parent / mark.file).exists() else None
+        return mark if is_beside and (self.path.parent / mark.file).exists() else None

@@ -10,6 +10,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Final
 
+from library.documents import home_expanded
 from library.scrubbing import current_folder, last_part
 
 MARK: Final = "map:"
@@ -46,7 +47,7 @@ class Placeholders:
             use: What it is given as.
             beside: A folder in which it lies unless it is found from the current one.
         """
-        place = Path(written).expanduser()
+        place = home_expanded(Path(written))
         if beside is not None and not place.exists() and (beside / place).exists():
             place = beside / place
         found = self._by_place.setdefault(os.path.abspath(place), Placeholder(self._free(last_part(written)), place))

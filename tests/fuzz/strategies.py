@@ -129,6 +129,13 @@ TOML_BOMBS = (
 )
 
 
+HUGE_SETTINGS = (
+    *("resolution = 1000000000000\nenable_bucket = true", "resolution = 64\nmax_bucket_reso = 9000000000000000000"),
+    *("resolution = 64\nnum_repeats = 9000000000000000000", "resolution = 64\nbatch_size = 9000000000000000000"),
+    *("resolution = 64\nbucket_reso_steps = 0", "train_batch_size = 9000000000000000000"),
+)
+
+
 def _toml_value(value: object) -> str:
     if isinstance(value, bool):
         return str(value).lower()
@@ -343,18 +350,18 @@ PROMPT_FILES = _weighted(
 )  # fmt: skip
 
 CAPTION_BOMBS = (
-    *("(" * 80_000, "(a" * 80_000, "[(a" * 40_000 + ")" * 40_000, "(a)" * 60_000, "\\(" * 80_000, "a," * 100_000),
+    *("(" * 40_000, "(a" * 40_000, "[(a" * 40_000 + ")" * 40_000, "(a)" * 30_000, "\\(" * 40_000, "a," * 50_000),
     *(
-        "{" * 100_000,
-        "{a" * 80_000,
-        "{a|" * 60_000,
-        "{{" * 80_000,
-        "{}" * 80_000,
-        "{" + "a|" * 80_000 + "a}",
-        "a\n" * 80_000,
+        "{" * 50_000,
+        "{a" * 40_000,
+        "{a|" * 30_000,
+        "{{" * 40_000,
+        "{}" * 40_000,
+        "{" + "a|" * 40_000 + "a}",
+        "a\n" * 40_000,
     ),
-    *("(a:" + "9" * 100_000 + ")", "x" * 200_000, "é" * 100_000, "," * 200_000, "|||" * 60_000, "a:1.2)" * 30_000),
-    *("a" * 300_000, "\0", "\ufeffa", "\r" * 100_000, " " * 200_000, "👩‍👩‍👧" * 10_000, "\u0301" * 100_000),
+    *("(a:" + "9" * 50_000 + ")", "x" * 100_000, "é" * 50_000, "," * 100_000, "|||" * 30_000, "a:1.2)" * 30_000),
+    *("a" * 300_000, "\0", "\ufeffa", "\r" * 50_000, " " * 100_000, "👩‍👩‍👧" * 10_000, "\u0301" * 50_000),
 )
 _PIECES = st.sampled_from(
     (
@@ -810,3 +817,34 @@ STRATEGIES: Mapping[str, st.SearchStrategy[Case]] = {
     "info file": INFO_FILES,
     "model config": MODEL_CONFIGS,
 }
+
+BOMBS: Mapping[str, Sequence[Case]] = {
+    "dataset file": [
+        *map(_named("data.toml"), TOML_BOMBS),
+        *map(_named("data.json"), JSON_BOMBS),
+        *(_named("data.toml")(f"[[datasets]]\n{line}") for line in HUGE_SETTINGS),
+    ],
+    "option file": [*map(_named("options.toml"), (*TOML_BOMBS, *HUGE_SETTINGS))],
+    "metadata file": [
+        *map(_named("meta.json"), JSON_BOMBS),
+        *map(_named("meta.jsonl"), JSON_BOMBS),
+        Case("meta.json", json.dumps({f"{number}": number for number in range(50_000)}).encode()),
+        Case("meta.json", json.dumps({"0": {"caption": "a" * (1 << 20)}}).encode()),
+    ],
+    "prompt file": [
+        *map(_named("p.txt"), PROMPT_BOMBS),
+        *map(_named("p.json"), JSON_BOMBS),
+        *map(_named("p.toml"), TOML_BOMBS),
+    ],
+    "caption": [*map(_named("0.txt"), CAPTION_BOMBS)],
+    "safetensors": [
+        *(Case("x.safetensors", safetensors_file(text.encode(), b"")) for text in JSON_BOMBS),
+        Case("x.safetensors", safetensors_file(b"{}", b"", 2**64 - 1)),
+    ],
+    "torch file": [*map(_named("x.pt"), TORCH_BOMBS)],
+    "latents": [Case("0.npz", _large_latents()), Case("0.npz", own_entry(b"", ("[" * DEEP).encode()))],
+    "image": [*map(_named("0.png"), IMAGE_BOMBS)],
+    "info file": [*map(_named("metadata_cache.json"), JSON_BOMBS)],
+    "model config": [*map(_named("text_encoder/config.json"), JSON_BOMBS)],
+}
+"""The worst for each reader."""

@@ -10,7 +10,7 @@ from hypothesis import HealthCheck, Phase, given, settings
 
 from tests.fuzz.corpora import corpus
 from tests.fuzz.readers import READERS, prepare
-from tests.fuzz.strategies import STRATEGIES
+from tests.fuzz.strategies import BOMBS, STRATEGIES
 from tests.fuzz.watch import Case, answer, warm_up
 
 
@@ -27,6 +27,23 @@ def test_sound_files_are_read(name: str, folder: Path) -> None:
     warm_up(READERS[name], corpus(name), folder)
     answers = [answer(READERS[name], case, folder) for case in corpus(name)]
     assert answers == [None] * len(answers)
+
+
+@pytest.mark.parametrize("path", sorted((Path(__file__).parent / "regressions").iterdir()), ids=lambda path: path.name)
+def test_files_that_once_found_something(path: Path, folder: Path) -> None:
+    """Kept as ``benchmarks/fuzz.py`` writes them: reader, digest, and name of the file."""
+    words, _, name = path.name.split("-", 2)
+    reader = words.replace("_", " ")
+    beside = Path(corpus(reader)[0].name).parent
+    answer(READERS[reader], Case(str(beside / name), path.read_bytes()), folder)
+
+
+@pytest.mark.parametrize("name", BOMBS)
+def test_bombs(name: str, folder: Path) -> None:
+    """Each of the worst that the strategies know."""
+    warm_up(READERS[name], corpus(name), folder)
+    for case in BOMBS[name]:
+        answer(READERS[name], case, folder)
 
 
 @pytest.mark.parametrize("name", READERS)

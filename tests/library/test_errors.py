@@ -52,3 +52,16 @@ def test_our_own_defects_keep_their_traceback() -> None:
 
     with pytest.raises(ZeroDivisionError):
         run_script(main)
+
+
+def test_names_steer_no_terminal(capsys: pytest.CaptureFixture[str]) -> None:
+    def main(argv: list[str]) -> int:
+        raise UserError(
+            "cannot read 'a\nerror: all is well\x1b[2J'", where="/x/\x1b]0;title\x07.png", remedy="\u202egnp"
+        )
+
+    assert exit_code(main) == 2
+    shown = capsys.readouterr().err
+    assert shown.count("\n") == 5
+    assert r"a\nerror: all is well\x1b[2J" in shown
+    assert shown.replace("\n", "").isprintable()

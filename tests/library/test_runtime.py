@@ -104,3 +104,11 @@ def test_the_file_of_the_log_tells_no_place(tmp_path) -> None:
     assert "test_runtime.py" in text
     assert str(tmp_path) not in text
     assert str(Path(__file__).parent) not in text
+
+
+def test_log_lines_steer_no_terminal(tmp_path):
+    set_up_logging(ConsoleOptions(console_log_file=str(tmp_path / "log")))
+    logging.getLogger("x").warning("caption of %s", "a\x1b[31m\x9b.png\r")
+    for handler in logging.getLogger().handlers:
+        handler.flush()
+    assert (tmp_path / "log").read_text().rstrip("\n").endswith(r"caption of a\x1b[31m\x9b.png\r")

@@ -78,3 +78,10 @@ def test_too_narrow_for_a_bucket_is_a_message(size):
     rules = BucketRules(enable_bucket=True, bucket_no_upscale=True)
     with pytest.raises(UserError, match="bucket_no_upscale"):
         place(size, (512, 512), rules, [])
+
+
+@pytest.mark.parametrize("size", [(1, 178_000_000), (178_000_000, 1), (60_000, 10)])
+def test_an_image_that_would_be_resized_to_gigabytes_is_refused(size):
+    rules = BucketRules(enable_bucket=True)
+    with pytest.raises(UserError, match="too narrow"):
+        place(size, (512, 512), rules, bucket_resolutions((512, 512), rules))

@@ -86,3 +86,22 @@ def test_the_same_state_gives_the_same_caption(seed, rate):
     )
     text = "a, {b|c|d}, e\nf, g"
     assert make(text, rules, seed) == make(text, rules, seed)
+
+
+@pytest.mark.parametrize(
+    ("caption", "expected"),
+    [
+        ("{a}", "a"),
+        ("{}", "{}"),
+        ("{{a}}", "{a}"),
+        ("{}}", "{}"),
+        ("a{", "a{"),
+        ("}{a}", "}a"),
+        ("{a{b}", "a{b"),
+        ("{}b}", "{}b}"),
+    ],
+)
+def test_unusual_choices(caption, expected):
+    assert (
+        caption_for(caption, CaptionRules(enable_wildcard=True), Random(0), epoch=1, step=0, total_steps=1) == expected
+    )

@@ -151,3 +151,10 @@ def test_paths_begin_as_the_folder_is_written():
     assert list(info_of(str(Path("sets") / "10_dog"), [("a.png", "", (1, 1))])) == [
         os.path.join("sets/10_dog", "a.png")
     ]
+
+
+def test_no_folder_is_made_for_it(tmp_path):
+    path = write(tmp_path, TOML.format("./nowhere") + "cache_info = true\n")
+    scan(read(path)[0])
+    assert not (tmp_path / "nowhere").exists()
+    assert not Path("nowhere").exists()

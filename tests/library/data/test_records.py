@@ -19,6 +19,7 @@ from library.data.image_headers import UnreadableImageError, displayed_size
 from library.data.records import balance_regularisation, scan
 from library.data.spec import BucketRules, CaptionRules, DatasetSpec, DataSpec, SubsetSpec
 from library.data.summary import tag_counts
+from tests.library.data.small_set import make_spec, make_subset
 
 GOLDEN = Path(__file__).parents[2] / "golden"
 CAPTION_FILES = json.loads((GOLDEN / "caption_files.json").read_text())["cases"]
@@ -361,3 +362,10 @@ def test_balancing_reaches_the_training_images_and_hardly_more(train, repeats):
         assert result[0] >= repeats[0]
     else:
         assert sum(result) == 0
+
+
+def test_an_epoch_has_an_end(tmp_path):
+    make_images(tmp_path / "a", [f"{number}.png" for number in range(60)])
+    records, findings = scan(make_spec(make_subset(tmp_path / "a", num_repeats=1_000_000)))
+    assert records == ()
+    assert any("an epoch would have 60,000,000 images" in finding.what for finding in findings)

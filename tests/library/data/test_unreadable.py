@@ -80,3 +80,38 @@ def test_a_decoder_without_a_number_of_the_system_means_damage():
     finding = unreadable_image(Path("a.png"), problem)
     assert finding.what.endswith("broken data stream")
     assert "whole copy" in finding.remedy
+
+
+@pytest.mark.skipif(not hasattr(os, "mkfifo"), reason="the system has no named pipes")
+def test_pipes_and_files_without_an_end_do_not_stop_the_scan(tmp_path):
+    """An archive can hold both."""
+    make_images(tmp_path, 2)
+    os.mkfifo(tmp_path / "0.txt")
+    (tmp_path / "1.txt").symlink_to("/dev/zero")
+    os.mkfifo(tmp_path / "2.png")
+    told = {Path(finding.where).name: finding.what for finding in findings_of(tmp_path)}
+    assert told.keys() == {"1.txt", "2.png"}
+    assert "is no caption" in told["1.txt"]
+
+
+def test_a_caption_of_ten_megabytes_is_none(tmp_path):
+    make_images(tmp_path, 1)
+    (tmp_path / "0.txt").write_text("a," * 5_000_000)
+    (finding,) = findings_of(tmp_path)
+    assert "has more than 262144 bytes, and is no caption" in finding.what
+    assert finding.remedy == "Shorten it, or remove the file."
+
+
+@pytest.mark.parametrize(
+    "content",
+    [
+        b"%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 9 9\n%%EndComments\n",
+        b"P6 9 9 255\n" + bytes(243),
+        b"8BPS\0\1" + bytes(30),
+    ],
+)
+def test_only_formats_of_images_are_decoded(tmp_path, content):
+    """Pillow would give the first to a program, whatever the file is called."""
+    (tmp_path / "0.png").write_bytes(content)
+    (finding,) = findings_of(tmp_path)
+    assert "no image that can be read" in finding.what

@@ -360,3 +360,22 @@ def test_small_files_carry_their_configuration_without_paths(tiny_file):
     content = torch.load(tiny_file("sd1", ".ckpt"), weights_only=True)
     assert set(json.loads(content[CONFIG_KEY])) == {"unet", "vae", "text_encoder"}
     assert "_name_or_path" not in content[CONFIG_KEY]
+
+
+@pytest.mark.parametrize(
+    ("part", "changes"),
+    [
+        ("unet", {"layers_per_block": 10**9}),
+        ("unet", {"layers_per_block": [1, 1, 1, 10**9]}),
+        ("unet", {"transformer_layers_per_block": 10**9}),
+        ("unet", {"down_block_types": ["DownBlock2D"] * 10**5}),
+        ("vae", {"layers_per_block": 10**9}),
+        ("text_encoder", {"num_hidden_layers": 10**9}),
+    ],
+)
+def test_a_configuration_of_more_layers_than_there_are_weights(part, changes, tmp_path):
+    folder = tiny_sd(tmp_path / "sd1", "sd1", layers_per_block=1)
+    path = folder / part / "config.json"
+    path.write_text(json.dumps(json.loads(path.read_text()) | changes))
+    with pytest.raises(UserError, match="asks for .* layers, and there are"):
+        load_stable_diffusion(ModelOptions(pretrained_model_name_or_path=str(folder)), PromptOptions())

@@ -118,3 +118,15 @@ def test_a_mark_of_a_file_that_is_gone_or_replaced_does_not_stay(tmp_path):
 def test_a_damaged_mark_is_ignored(tmp_path):
     (tmp_path / "toy-best.json").write_text("{")
     assert BestModel(tmp_path, "toy", continued=True).mark is None
+
+
+@pytest.mark.parametrize("name", ["../other.safetensors", "{outside}", "sub/other.safetensors", ".."])
+def test_a_mark_names_nothing_outside_of_the_folder(tmp_path, name):
+    """What it names may be removed."""
+    folder, outside = tmp_path / "out", tmp_path / "other.safetensors"
+    (folder / "sub").mkdir(parents=True)
+    for path in (outside, folder / "sub/other.safetensors"):
+        path.write_bytes(b"precious")
+    mark = {"file": name.format(outside=outside), "step": 1, "loss": 9.0, "outlived": True}
+    (folder / "toy-best.json").write_text(json.dumps(mark))
+    assert BestModel(folder, "toy", continued=True).mark is None
