@@ -87,7 +87,7 @@ class BestModel:
         try:
             mark = Mark(**read_table(self.path))
             # What is beside the mark may be removed later, and nothing else.
-            is_beside = mark.file == Path(mark.file).name
+            is_beside = mark.file == Path(mark.file).name and mark.file not in ("", "..")
         except (OSError, ValueError, TypeError):
             return None
         return mark if is_beside and (self.path.parent / mark.file).exists() else None
