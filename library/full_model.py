@@ -1,6 +1,7 @@
 """The method of ``train_db.py`` and ``fine_tune.py``: the U-Net itself is trained, and the text encoder with it."""
 
 from collections.abc import Mapping
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -79,6 +80,7 @@ class FullModelTraining:
         self.module: nn.Module = FullModelModule(task, parts)
         self.trained: nn.Module = nn.ModuleDict(_trained(task.model, parts))
         self._model = task.model
+        self._zero_terminal_snr = task.zero_terminal_snr
         self._parts = parts
         self._format = format
         self._dtype = save_dtype(save_precision)
@@ -112,7 +114,8 @@ class FullModelTraining:
         Raises:
             UserError: A weight is not finite, or the place cannot be written to; what was there is kept.
         """
-        save_model(path, self._model, format=self._format, dtype=self._dtype, metadata=metadata, step=step, epoch=epoch)
+        model = replace(self._model, zero_terminal_snr=self._zero_terminal_snr)
+        save_model(path, model, format=self._format, dtype=self._dtype, metadata=metadata, step=step, epoch=epoch)
 
 
 def number_of_values(model: StableDiffusion) -> int:

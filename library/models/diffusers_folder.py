@@ -33,6 +33,9 @@ _BASE_SAMPLE_SIZE: Final = 64
 _BESIDES_WEIGHTS: Final = 5_100_000
 """Bytes of tokenizer and configurations, about."""
 
+# Only with this spacing is the last timestep visited, the one that rescaling is about.
+_ZERO_TERMINAL_SNR: Final = {"rescale_betas_zero_snr": True, "timestep_spacing": "trailing"}
+
 # Entries of configurations that may name the folders of whoever wrote them.
 _PRIVATE: Final = {"name_or_path", "special_tokens_map_file", "tokenizer_file"}
 
@@ -114,7 +117,7 @@ def _index(scheduler: str) -> Config:
 
 
 def _scheduler(model: StableDiffusion) -> Config:
-    """The scheduler's configuration; its prediction type is the one that was trained."""
+    """The scheduler's configuration; its prediction type and its schedule are those that were trained."""
     own = _source_file(model.origin, "scheduler/scheduler_config.json")
     try:
         config = read_table(own) if own else {}
@@ -123,6 +126,9 @@ def _scheduler(model: StableDiffusion) -> Config:
         config = {}
     if not config.get("_class_name"):
         config = shipped_config("scheduler")
+    if model.zero_terminal_snr and not config.get("rescale_betas_zero_snr"):
+        # Not every scheduler can rescale; the usual one can.
+        config = shipped_config("scheduler") | _ZERO_TERMINAL_SNR
     return _public(config) | {
         "_class_name": config["_class_name"],
         "_diffusers_version": _version(),

@@ -45,6 +45,7 @@ class StableDiffusion:
         variant: What kind of Stable Diffusion it is.
         source: The file's or folder's name, or the hub id: never a path.
         origin: The file or folder itself, for saving; None for a model that was made in memory.
+        zero_terminal_snr: Whether it was trained on the schedule that leaves nothing of the image at its end.
     """
 
     tokenizer: Any
@@ -54,6 +55,7 @@ class StableDiffusion:
     variant: Variant
     source: str
     origin: Origin | None = None
+    zero_terminal_snr: bool = False
 
 
 def load_stable_diffusion(

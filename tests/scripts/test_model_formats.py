@@ -45,3 +45,21 @@ def test_every_format_holds_the_same_weights(format: str, script: str, model: Pa
     for part in PARTS:
         for name, tensor in getattr(theirs, part).state_dict().items():
             assert torch.equal(ours[f"{part}.{name.removeprefix('text_model.')}"], tensor), name
+
+
+def test_a_folder_tells_the_rescaled_schedule(tmp_path: Path) -> None:
+    """Diffusers' own rescaling of the scheduler that was saved is that of training."""
+    from diffusers import StableDiffusionPipeline
+
+    from library.diffusion.schedule import NoiseSchedule
+
+    model = tiny_sd(tmp_path / "sd2_v", "sd2_v", layers_per_block=1)
+    given = [*method_arguments("train_db", model, tmp_path, steps=1), "--save_model_as=diffusers_safetensors"]
+    run = run_script("train_db", tmp_path / "out", *given, "--v2", "--v_parameterization", "--zero_terminal_snr")
+    scheduler = StableDiffusionPipeline.from_pretrained(run.folder / "thing", local_files_only=True).scheduler
+    trained = NoiseSchedule.stable_diffusion(zero_terminal_snr=True).alphas_cumprod
+    torch.testing.assert_close(scheduler.alphas_cumprod[:-1], trained[:-1].float(), rtol=1e-3, atol=1e-6)
+    assert scheduler.alphas_cumprod[-1] < 1e-6
+    assert scheduler.config.prediction_type == "v_prediction"
+    scheduler.set_timesteps(20)
+    assert scheduler.timesteps[0] == 999

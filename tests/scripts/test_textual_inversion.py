@@ -106,10 +106,8 @@ def test_the_first_loss_is_that_of_the_init_word(plain: Run, models: dict[str, P
     assert plain.losses[0] == pytest.approx(np.mean(losses), rel=1e-4)
 
 
-def test_training_moves_the_new_rows_and_nothing_else(
-    models: dict[str, Path], data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    """Whatever the optimizer does with weight decay and moments."""
+def trained_rows(name: str, output: Path, monkeypatch: pytest.MonkeyPatch, *given: str) -> tuple[torch.Tensor, Run]:
+    """Run a script, assert that nothing but the new rows has changed by a bit, and return these rows."""
     from library.models.stable_diffusion import load_stable_diffusion
 
     loaded = []
@@ -121,8 +119,7 @@ def test_training_moves_the_new_rows_and_nothing_else(
         return model
 
     monkeypatch.setattr("library.models.stable_diffusion.load_stable_diffusion", remember)
-    given = ["--optimizer_type=AdamW", "--optimizer_args", "weight_decay=0.5", "--save_model_as=safetensors"]
-    done = run_script(SCRIPT, tmp_path, *arguments(models["sd1"], dataset(data), *given))
+    done = run_script(name, output, *given)
     model, before = loaded[0]
     table = "embeddings.token_embedding"
     after = _copy(model.text_encoder)
@@ -131,9 +128,18 @@ def test_training_moves_the_new_rows_and_nothing_else(
     assert _equal(after, before["text_encoder"])
     assert _equal(_copy(model.unet), before["unet"])
     assert _equal(_copy(model.vae), before["vae"])
-    started = before["text_encoder"][f"{table}.weight"][[1929, 1929]]
-    assert not torch.isclose(rows, started).any()
-    assert torch.equal(read_tensors(done.folder / "zwx.safetensors").tensors["emb_params"], rows)
+    # The number of "dog", with which they began.
+    assert not torch.isclose(rows, before["text_encoder"][f"{table}.weight"][1929]).any()
+    return rows, done
+
+
+def test_training_moves_the_new_rows_and_nothing_else(
+    models: dict[str, Path], data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Whatever the optimizer does with weight decay and moments."""
+    more = ["--optimizer_type=AdamW", "--optimizer_args", "weight_decay=0.5", "--save_model_as=safetensors"]
+    rows, run = trained_rows(SCRIPT, tmp_path, monkeypatch, *arguments(models["sd1"], dataset(data), *more))
+    assert torch.equal(read_tensors(run.folder / "zwx.safetensors").tensors["emb_params"], rows)
 
 
 def _copy(module: torch.nn.Module) -> dict[str, torch.Tensor]:

@@ -13,7 +13,7 @@ from library.errors import UserError
 from library.files import read_metadata, read_tensors
 from library.models.embedding_files import LAYERS
 from tests.scripts.runs import Run, read_losses, run_script
-from tests.scripts.test_textual_inversion import ASSETS, FLAGS, ROOT, arguments, dataset
+from tests.scripts.test_textual_inversion import ASSETS, FLAGS, ROOT, arguments, dataset, trained_rows
 from tests.tiny import Kind, tiny_sd
 
 SCRIPT = "train_textual_inversion_XTI"
@@ -67,6 +67,15 @@ def test_the_file_has_a_tensor_for_each_layer_and_all_are_trained(plain: Run, mo
     assert not any(torch.isclose(row, dog).all() for tensor in tensors.values() for row in tensor)
     assert len({tensor[0].numpy().tobytes() for tensor in tensors.values()}) == 16
     assert read_metadata(plain.folder / FILE)["modelspec.architecture"] == "stable-diffusion-v1/textual-inversion"
+
+
+def test_training_moves_the_new_rows_and_nothing_else(
+    models: dict[str, Path], data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    more = [AS_SAFETENSORS, "--optimizer_type=AdamW", "--optimizer_args", "weight_decay=0.5"]
+    rows, run = trained_rows(SCRIPT, tmp_path, monkeypatch, *arguments(models["sd1"], dataset(data), *more))
+    tensors = read_tensors(run.folder / FILE).tensors
+    assert torch.equal(torch.cat([tensors[layer] for layer in LAYERS]), rows)
 
 
 @pytest.mark.parametrize("max_token_length", [None, 150])
