@@ -14,6 +14,7 @@ from library.training.states import (
     SCALER,
     SCHEDULER,
     TrainingState,
+    count_in,
     model_files,
     read_json,
     read_pickle,
@@ -46,8 +47,8 @@ def read_foreign(folder: Path, trained: "nn.Module", optimizer: Any, *, asked: i
     """
     moments = _optimizer(folder, optimizer)
     progress = read_json(folder / PROGRESS)
-    step = progress.get("current_step") if asked is None else asked
-    if not isinstance(step, int):
+    step = count_in(progress, "current_step") if asked is None else asked
+    if step is None:
         step = _steps_of(folder, read_pickle(folder / SCHEDULER) if (folder / SCHEDULER).is_file() else {})
         log.warning("the state does not say at which step it was saved: by its learning rates, after %s", step)
     if step is None:
@@ -64,7 +65,7 @@ def read_foreign(folder: Path, trained: "nn.Module", optimizer: Any, *, asked: i
     )
     return TrainingState(
         step=step,
-        epoch=int(progress.get("current_epoch", 1)),
+        epoch=count_in(progress, "current_epoch") or 1,
         tensors=_tensors(folder, trained),
         optimizer=moments,
         scheduler=None,

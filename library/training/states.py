@@ -4,7 +4,6 @@ A state holds tensors, optimizer, schedule, scaler and the step; the random numb
 kept. Its manifest, written last, lists size and hash of every file; a folder without a valid one is never read.
 """
 
-import json
 import logging
 import os
 import pickle
@@ -17,8 +16,10 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Final
 
 from library.disk_space import room_for
+from library.documents import DocumentError, read_table
 from library.errors import Problem, UserError, raise_if_any
 from library.files import read_tensors, sha256_of_file, sync_folder, write_json, write_tensors, written_whole
+from library.tensor_headers import check_archive
 from library.training.clock import now
 
 if TYPE_CHECKING:
@@ -183,7 +184,8 @@ def find_states(folder: Path) -> list[Path]:
 def _age(folder: Path) -> tuple[float, int]:
     """When a state was saved, and after how many steps."""
     progress = read_json(folder / PROGRESS)
-    return float(progress.get("saved_at", 0)), int(progress.get("current_step", 0))
+    saved_at = progress.get("saved_at")
+    return float(saved_at) if isinstance(saved_at, int | float) else 0.0, count_in(progress, "current_step") or 0
 
 
 def newest_state(folder: Path, belongs: Callable[[str], bool]) -> Path | None:
@@ -292,10 +294,15 @@ def _states_nearby(folder: Path) -> str:
 def read_json(path: Path) -> dict[str, Any]:
     """The object in a JSON file; empty where there is none."""
     try:
-        content = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError):
+        return read_table(path)
+    except (OSError, DocumentError):
         return {}
-    return content if isinstance(content, dict) else {}
+
+
+def count_in(progress: Mapping[str, Any], name: str) -> int | None:
+    """A count, such as that of finished steps, that the progress file of a state names; None where it names none."""
+    count = progress.get(name)
+    return count if isinstance(count, int) and count >= 0 else None
 
 
 def read_state(folder: Path) -> TrainingState:
@@ -307,11 +314,14 @@ def read_state(folder: Path) -> TrainingState:
     raise_if_any(check_state(folder))
     raise_if_any(_damage(folder))
     progress = read_json(folder / PROGRESS)
+    step = count_in(progress, "current_step")
+    if step is None:
+        raise UserError.of([_not_a_state(folder, f"{PROGRESS} names no step")])
     scaler = folder / SCALER
     average = read_tensors(folder / EMA) if (folder / EMA).exists() else None
     return TrainingState(
-        step=int(progress["current_step"]),
-        epoch=int(progress["current_epoch"]),
+        step=step,
+        epoch=count_in(progress, "current_epoch") or 1,
         tensors=read_tensors(folder / MODEL).tensors,
         optimizer=read_pickle(folder / OPTIMIZER),
         scheduler=read_pickle(folder / SCHEDULER),
@@ -329,10 +339,12 @@ def read_pickle(path: Path) -> dict[str, Any]:
     import torch
 
     try:
+        check_archive(path)
         content = torch.load(str(path), map_location="cpu", weights_only=True)
-    except (pickle.UnpicklingError, RuntimeError, EOFError, OSError, ValueError, KeyError) as error:
+        if not isinstance(content, dict):
+            raise pickle.UnpicklingError("it is no state_dict")
+    except Exception as error:  # whatever the bytes make the reader stumble over
         raise UserError(
             f"{path.name} of the state cannot be read", where=str(path), remedy="Continue from another state."
         ) from error
-    assert isinstance(content, dict), "a state_dict is a dictionary"
     return content
