@@ -18,10 +18,13 @@ import random
 import shutil
 import sys
 import tempfile
+import threading
 import time
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
+
+from tqdm import tqdm
 
 ROOT = Path(__file__).parent.parent
 sys.path.insert(0, str(ROOT))
@@ -89,7 +92,7 @@ TOOLS = (
     Tool(title="cleaning", script="clean_captions_and_tags", given=("{work}/meta.json", "{work}/clean.json")),
     Tool(title="cleaning, in place", script="clean_captions_and_tags", given=("{work}/meta.json", "{work}/meta.json")),
     Tool(title="latents", script="prepare_buckets_latents",
-         given=("{work}/images", "{work}/meta.json", "{work}/latents.json", "{models}/sd", "--batch_size=2", *SMALL)),
+         given=("{work}/images", "{work}/meta.json", "{work}/latents.json", "{models}/sd", *SMALL)),
 )  # fmt: skip
 
 
@@ -220,6 +223,8 @@ def run(
     given = [word.format(**places) for word in tool.given]
 
     def before() -> None:
+        # The usual one is shared with all forks, and whoever is killed with it never gives it back.
+        tqdm.set_lock(threading.RLock())
         tool.before()
         prepare()
 
