@@ -3,9 +3,7 @@
 import hashlib
 import io
 import os
-import struct
 import time
-import zlib
 from collections import defaultdict
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -20,7 +18,7 @@ from PIL import Image
 from tqdm import tqdm
 
 from library.data.findings import Finding, error
-from library.data.images import orientation
+from library.data.images import UNREADABLE, orientation
 from library.data.index import Stamp, Table, is_settled, read_table, stamp_of, write_table
 from library.data.latent_files import is_latent_file
 from library.data.records import ImageRecord
@@ -34,16 +32,6 @@ _SAME_COLOUR: Final = 2
 
 _AHEAD: Final = 4
 """Images that wait for each thread."""
-
-_UNREADABLE: Final = (
-    OSError,
-    SyntaxError,
-    ValueError,
-    EOFError,
-    struct.error,
-    zlib.error,
-    Image.DecompressionBombError,
-)
 
 
 @dataclass(frozen=True, slots=True)
@@ -149,7 +137,7 @@ def _decoded(paths: Sequence[Path]) -> Iterator[tuple[Path, FileFacts | Damage]]
 def _facts_or_damage(path: Path) -> FileFacts | Damage:
     try:
         return _facts_of(path)
-    except _UNREADABLE as problem:
+    except UNREADABLE as problem:
         # Decoders give no error number; the system does.
         is_lasting = getattr(problem, "errno", None) is None
         return Damage(str(problem) or type(problem).__name__, is_lasting)

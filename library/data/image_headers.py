@@ -16,6 +16,7 @@ from typing import Final
 
 from library.data.folders import PLUGINS, enable_format
 from library.data.spec import Size
+from library.errors import first_line
 
 _ORIENTATION_TAG: Final = 0x0112
 _SIDEWAYS: Final = frozenset((5, 6, 7, 8))
@@ -59,8 +60,9 @@ def size_of_many(path: str) -> Size:
         raise UnreadableImageError(unknown_content(path)) from problem
     except FileNotFoundError as problem:
         raise UnreadableImageError("it is not there, or what it links to is gone") from problem
-    except (OSError, SyntaxError, ValueError, EOFError, struct.error) as problem:
-        raise UnreadableImageError(str(problem) or type(problem).__name__) from problem
+    # RuntimeError is how Pillow's plug-ins for further formats say it.
+    except (OSError, SyntaxError, ValueError, EOFError, RuntimeError, struct.error) as problem:
+        raise UnreadableImageError(first_line(problem)) from problem
     return (size[1], size[0]) if orientation in _SIDEWAYS else size
 
 

@@ -22,7 +22,7 @@ from library.data.buckets import Placement
 from library.data.folders import enable_format
 from library.data.image_headers import unknown_content
 from library.data.spec import Size
-from library.errors import UserError
+from library.errors import UserError, first_line
 
 if TYPE_CHECKING:
     import torch
@@ -48,15 +48,18 @@ _UPRIGHT: Final[dict[int, Callable[[Pixels], Pixels]]] = {
     8: lambda pixels: pixels.swapaxes(0, 1)[::-1],
 }
 _SIXTEEN_BIT_MODES: Final = ("I", "I;16", "I;16B", "I;16L", "I;16N")
-_UNREADABLE: Final = (
+UNREADABLE: Final = (
     OSError,
     SyntaxError,
     ValueError,
     EOFError,
+    # How Pillow's plug-ins for further formats say it.
+    RuntimeError,
     struct.error,
     zlib.error,
     Image.DecompressionBombError,
 )
+"""What decoding a file that is no whole image may raise."""
 
 # Probability of a jitter, and its limits: hue in steps of 2 degrees (OpenCV's unit), gamma around 1.
 _JITTER_PROBABILITY: Final = 0.33
@@ -103,7 +106,7 @@ def orientation(image: Image.Image) -> int:
     """The EXIF orientation, 1 to 8; 1 (upright) where the file has none or one that cannot be read."""
     try:
         found = image.getexif().get(_ORIENTATION_TAG, 1)
-    except _UNREADABLE:
+    except UNREADABLE:
         return 1
     return found if found in _UPRIGHT else 1
 
@@ -122,8 +125,8 @@ def decode(path: Path) -> DecodedImage:
             rgb, alpha = _colour_and_alpha(image)
     except FileNotFoundError as error:
         raise UserError("image not found", where=str(path), remedy="Put it back, or remove its entry.") from error
-    except _UNREADABLE as error:
-        reason = unknown_content(str(path)) if isinstance(error, UnidentifiedImageError) else error
+    except UNREADABLE as error:
+        reason = unknown_content(str(path)) if isinstance(error, UnidentifiedImageError) else first_line(error)
         raise UserError(
             f"cannot read the image: {reason}",
             where=str(path),
