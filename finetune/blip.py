@@ -10,10 +10,10 @@ from numpy.typing import NDArray
 from PIL import Image
 
 from finetune.blip_weights import read_weights, structure_of, words_of_vocabulary
-from finetune.hub_models import NO_CODE, fetch, first_line, model_folder, tokenizer_files
+from finetune.hub_models import NO_CODE, fetch, model_folder, tokenizer_files
 from finetune.nucleus import KeyedNucleus
 from library.data.images import decode
-from library.errors import UserError
+from library.errors import UserError, first_line
 from library.randomness import torch_generator
 
 if TYPE_CHECKING:

@@ -109,6 +109,7 @@ def fill(
     encode: Encode,
     *,
     batch_size: int,
+    threads: int | None,
     keep_foreign: bool,
     is_main: bool,
     is_shared: bool,
@@ -120,6 +121,7 @@ def fill(
         uses: The share of this process.
         encode: The VAE's encoder.
         batch_size: Images encoded at once.
+        threads: Threads that decode images ahead; a few when absent.
         keep_foreign: Keep files of other programs whose sizes fit.
         is_main: Show progress.
         is_shared: Whether other processes have shares, too.
@@ -140,7 +142,7 @@ def fill(
         log.warning("%d files of latents that do not fit are replaced, for example %s", len(replaced), replaced[0])
     bad: dict[Path, str] = {}
     while pending:
-        found = _encode_all(cache, pending, encode, batch_size=batch_size, progress=is_main)
+        found = _encode_all(cache, pending, encode, batch_size=batch_size, threads=threads, progress=is_main)
         bad |= found
         pending = {view: use for view, use in pending.items() if view.path not in found}
     return bad
@@ -152,7 +154,13 @@ def _without_foreign(verdict: Verdict) -> Verdict:
 
 
 def _encode_all(
-    cache: DiskLatentCache, pending: dict[ImageView, Use], encode: Encode, *, batch_size: int, progress: bool
+    cache: DiskLatentCache,
+    pending: dict[ImageView, Use],
+    encode: Encode,
+    *,
+    batch_size: int,
+    threads: int | None,
+    progress: bool,
 ) -> dict[Path, str]:
     """Encode until something goes wrong; what is done is taken out of ``pending``, what is bad is returned."""
     sources: dict[ImageView, Source] = {}
@@ -165,7 +173,9 @@ def _encode_all(
 
     views = {str(view.path): view.path for view in pending}
     try:
-        for view, posterior in encoded(dict(pending), encode, batch_size=batch_size, progress=progress, load=load):
+        for view, posterior in encoded(
+            dict(pending), encode, batch_size=batch_size, progress=progress, load=load, threads=threads
+        ):
             entry = entry_of(view, posterior, cache.settings(view), sources.pop(view))
             write_entry(_target(cache, view), entry)
             del pending[view]

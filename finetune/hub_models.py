@@ -4,7 +4,7 @@ from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Final
 
-from library.errors import UserError
+from library.errors import UserError, first_line
 
 _GENERAL: Final = frozenset(
     (
@@ -101,8 +101,3 @@ def _from_cache(repository: str, where: str, cause: Exception) -> Path:
             where=where,
             remedy="Check the path, or connect to the internet once: what was downloaded before is used without it.",
         ) from cause
-
-
-def first_line(error: Exception) -> str:
-    """What ``error`` says, in one line."""
-    return str(error).splitlines()[0] if str(error) else type(error).__name__

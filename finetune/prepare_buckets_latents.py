@@ -132,7 +132,10 @@ class LatentOptions:
     v2: bool = option(False, help="Accepted for old command lines: the VAE of every model is read alike.")
     batch_size: int = option(1, minimum=1, metavar="N", help="Images encoded at a time.")
     max_data_loader_n_workers: int | None = option(
-        None, minimum=0, metavar="N", help="Accepted for old command lines: images are always decoded ahead."
+        None,
+        minimum=0,
+        metavar="N",
+        help="Threads that decode images ahead of the VAE: a few when absent; one at the least.",
     )
     mixed_precision: str = option(
         "no", choices=("no", "fp16", "bf16"), help="Precision of the VAE; that of the training to come."
@@ -161,13 +164,10 @@ class Options:
     latents: LatentOptions
 
     def notices(self) -> list[str]:
-        """What has no effect, and what training must know."""
-        found = []
-        if self.latents.max_data_loader_n_workers is not None:
-            found.append("--max_data_loader_n_workers has no effect: a few threads always decode ahead")
-        if self.buckets.bucket_no_upscale:
-            found.append("the metadata gets the sizes: train without --bucket_no_upscale, so that they are used")
-        return found
+        """What training must know."""
+        if not self.buckets.bucket_no_upscale:
+            return []
+        return ["the metadata gets the sizes: train without --bucket_no_upscale, so that they are used"]
 
 
 def main(argv: list[str]) -> int:
@@ -252,12 +252,13 @@ def _make_latents(
     runtime = start_runtime(settings, find_unused_parameters=False)
     dtype = torch.float32 if options.latents.no_half_vae else runtime.weight_dtype
     vae = load_vae(source, dtype).to(runtime.device)
-    uses = uses_of(data)
+    uses, workers = uses_of(data), options.latents.max_data_loader_n_workers
     found = fill(
         DiskLatentCache(data, vae=encoder_digest(vae)),
         dict(islice(uses.items(), runtime.rank, None, runtime.world)),
         lambda pixels: encode_images(vae, pixels),
         batch_size=options.latents.batch_size,
+        threads=None if workers is None else max(workers, 1),
         keep_foreign=options.latents.skip_existing,
         is_main=runtime.is_main,
         is_shared=runtime.world > 1,

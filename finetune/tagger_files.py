@@ -8,9 +8,8 @@ import shutil
 from pathlib import Path
 from typing import Final
 
-from finetune.hub_models import first_line
 from finetune.tagger_model import MAPPED, USUAL, Layout, layout_of
-from library.errors import UserError
+from library.errors import UserError, first_line
 
 _SHA256: Final = re.compile(r"[0-9a-f]{64}")
 

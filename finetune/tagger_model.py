@@ -11,12 +11,11 @@ from typing import Any, Final
 import numpy as np
 from numpy.typing import NDArray
 
-from finetune.hub_models import first_line
 from finetune.processes import Processes
 from finetune.tagger_labels import Label, read_csv, read_mapping
 from library.data.images import Pixels, decode, resize
 from library.data.spec import Size
-from library.errors import UserError
+from library.errors import UserError, first_line
 
 PACKAGE: Final = "onnxruntime==1.31.1"
 

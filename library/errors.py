@@ -66,6 +66,11 @@ class UserError(Exception):
         return f"{len(self.problems)} problems:\n" + "\n".join(numbered)
 
 
+def first_line(error: Exception) -> str:
+    """What ``error`` says, in one line; libraries add advice for their makers below."""
+    return next(iter(str(error).splitlines()), "").strip() or type(error).__name__
+
+
 def raise_if_any(problems: Sequence[Problem]) -> None:
     """Raise one :class:`UserError` with all ``problems``, or do nothing when there are none."""
     if problems:

@@ -17,6 +17,7 @@ from typing import Final
 from library.data.caption_files import open_at_once
 from library.data.folders import IMAGE_FORMATS, PLUGINS, enable_format
 from library.data.spec import Size
+from library.errors import first_line
 
 _ORIENTATION_TAG: Final = 0x0112
 _SIDEWAYS: Final = frozenset((5, 6, 7, 8))
@@ -68,7 +69,7 @@ def size_of_many(path: str) -> Size:
     except UnreadableImageError:
         raise
     except Exception as problem:  # whatever the bytes make a decoder stumble over
-        raise UnreadableImageError(str(problem) or type(problem).__name__) from problem
+        raise UnreadableImageError(first_line(problem)) from problem
     return (size[1], size[0]) if orientation in _SIDEWAYS else size
 
 

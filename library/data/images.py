@@ -20,7 +20,7 @@ from library.data.buckets import Placement
 from library.data.folders import IMAGE_FORMATS, enable_format
 from library.data.image_headers import unknown_content
 from library.data.spec import Size
-from library.errors import UserError
+from library.errors import UserError, first_line
 
 if TYPE_CHECKING:
     import torch
@@ -114,7 +114,7 @@ def decode(path: Path) -> DecodedImage:
     except FileNotFoundError as error:
         raise UserError("image not found", where=str(path), remedy="Put it back, or remove its entry.") from error
     except Exception as error:  # whatever the bytes make a decoder stumble over
-        reason = unknown_content(str(path)) if isinstance(error, UnidentifiedImageError) else error
+        reason = unknown_content(str(path)) if isinstance(error, UnidentifiedImageError) else first_line(error)
         raise UserError(
             f"cannot read the image: {reason}",
             where=str(path),

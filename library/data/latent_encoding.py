@@ -125,6 +125,7 @@ def encoded(
     batch_size: int,
     progress: bool,
     load: Load = load_image,
+    threads: int | None = None,
 ) -> Iterator[tuple[ImageView, Posterior]]:
     """Encode every image of ``uses`` once, and mirrored too where that is needed.
 
@@ -137,13 +138,14 @@ def encoded(
         batch_size: Images encoded at once.
         progress: Show a progress bar.
         load: Reads an image; called in threads.
+        threads: How many; a few when absent.
 
     Raises:
         UserError: Images cannot be read (all of them are named) or encode to values that are not finite.
     """
     problems: list[Problem] = []
     with tqdm(total=len(uses), desc="caching latents", unit="image", disable=not progress) as bar:
-        for views, decoded in _decoded_batches(uses, batch_size, load):
+        for views, decoded in _decoded_batches(uses, batch_size, load, threads or _reading_threads()):
             problems += [problem for one in decoded if isinstance(one, UserError) for problem in one.problems]
             if not problems:
                 loaded = [one for one in decoded if not isinstance(one, UserError)]
@@ -174,7 +176,7 @@ def _opacity(image: LoadedImage) -> Pixels:
 
 
 def _decoded_batches(
-    views: Iterable[ImageView], batch_size: int, load: Load
+    views: Iterable[ImageView], batch_size: int, load: Load, threads: int
 ) -> Iterator[tuple[list[ImageView], list[LoadedImage | UserError]]]:
     """Batches of one bucket each, with their pixels; decoded ahead of their use."""
 
@@ -189,7 +191,7 @@ def _decoded_batches(
         for _, group in groupby(views, key=lambda view: view.placement.bucket)
         for batch in _cut(list(group), batch_size)
     ]
-    with ThreadPoolExecutor(min(MAX_READING_THREADS, os.cpu_count() or 1)) as pool:
+    with ThreadPoolExecutor(threads) as pool:
         pending: deque[tuple[list[ImageView], list[Future[LoadedImage | UserError]]]] = deque()
         for batch in batches:
             pending.append((batch, [pool.submit(decoded, view) for view in batch]))
@@ -198,6 +200,10 @@ def _decoded_batches(
                 yield ready, [future.result() for future in futures]
         for ready, futures in pending:
             yield ready, [future.result() for future in futures]
+
+
+def _reading_threads() -> int:
+    return min(MAX_READING_THREADS, os.cpu_count() or 1)
 
 
 def _cut(views: list[ImageView], length: int) -> list[list[ImageView]]:

@@ -4,6 +4,7 @@ import json
 import os
 import subprocess
 import sys
+import threading
 from collections.abc import Callable
 from pathlib import Path
 
@@ -13,8 +14,9 @@ import torch
 from diffusers import AutoencoderKL
 from PIL import Image
 
-from finetune import prepare_buckets_latents
+from finetune import bucket_latents, prepare_buckets_latents
 from finetune.vae_loading import load_vae
+from library.data.images import ImageView, LoadedImage, load_image
 from library.errors import UserError
 from library.models.latents import encode_images, encoder_digest
 from library.models.options import ModelOptions, PromptOptions
@@ -134,6 +136,25 @@ def test_training_uses_the_latents_without_encoding(
         image.write_bytes(content)
     assert run_script(script, tmp_path / "mirrored", *given, "--flip_aug").code == 0
     assert set(used) == {"moved", "encoded"}
+
+
+def test_as_many_threads_decode_as_are_asked_for(model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    images, meta = write_set(tmp_path)
+    together, names = threading.Barrier(3), set()
+
+    def meeting(view: ImageView) -> LoadedImage:
+        together.wait(timeout=30)
+        return load_image(view)
+
+    def noting(view: ImageView) -> LoadedImage:
+        names.add(threading.current_thread().name)
+        return load_image(view)
+
+    monkeypatch.setattr(bucket_latents, "load_image", meeting)
+    assert run(images, meta, meta, model, "--max_data_loader_n_workers=3") == 0
+    monkeypatch.setattr(bucket_latents, "load_image", noting)
+    assert run(images, meta, meta, model, "--max_data_loader_n_workers=0", "--flip_aug") == 0
+    assert len(names) == 1
 
 
 def test_what_is_valid_is_kept_and_the_rest_made_anew(

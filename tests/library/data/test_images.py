@@ -12,6 +12,7 @@ import pytest
 from PIL import Image, ImageCms, ImageOps
 
 from library.data.buckets import Placement
+from library.data.image_headers import UnreadableImageError, displayed_size
 from library.data.images import (
     ImageView,
     apply_gamma,
@@ -354,3 +355,33 @@ def test_pixels_become_minus_one_to_one():
 def test_importing_needs_neither_torch_nor_opencv():
     code = "import sys, library.data.images; sys.exit(bool({'torch', 'cv2'} & set(sys.modules)))"
     assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0
+
+
+def test_a_plugin_that_fails_in_its_own_way_makes_an_unreadable_image(tmp_path, monkeypatch):
+    """The decoder of JPEG XL raises RuntimeError for a damaged file."""
+
+    def broken(*_):
+        raise RuntimeError("Generic Error. \nBuild the library yourself to know more.")
+
+    monkeypatch.setitem(Image.OPEN, "BROKEN", (broken, lambda start: start.startswith(b"broken")))
+    monkeypatch.setattr(Image, "ID", [*Image.ID, "BROKEN"])
+    path = tmp_path / "a.png"
+    path.write_bytes(b"broken")
+    with pytest.raises(UserError, match=r"cannot read the image: Generic Error\.$|Error\.\n  where"):
+        decode(path)
+    with pytest.raises(UnreadableImageError, match=r"Generic Error\.$"):
+        displayed_size(path)
+
+
+def test_a_file_that_is_no_image_is_told_without_its_path(tmp_path):
+    path = tmp_path / "a.png"
+    for content, reason in ((b"", "the file is empty"), (b"<html>", "text such as a web page"), (b"12", "no image")):
+        path.write_bytes(content)
+        with pytest.raises(UserError, match=reason):
+            decode(path)
+        with pytest.raises(UnreadableImageError, match=reason):
+            displayed_size(path)
+    path.unlink()
+    path.symlink_to(tmp_path / "gone.png")
+    with pytest.raises(UnreadableImageError, match="what it links to is gone"):
+        displayed_size(path)
