@@ -134,12 +134,13 @@ class _Disk:
     def line(self, folder: Path) -> str:
         free = free_bytes(folder)
         room = "free space unknown" if free is None else f"{shown_size(free)} free"
+        models, states = _counted(self.models, "model"), _counted(self.states, "state")
         if self.model is None or self.state is None:
-            return f"  disk: {self.models} models and {self.states} states at most, of unknown size; {room}"
+            return f"  disk: {models} and {states} at most, of unknown size; {room}"
         need = self.models * self.model + self.states * self.state
-        parts = f"{self.models} models of {shown_size(self.model)}"
+        parts = f"{models} of {shown_size(self.model)}"
         if self.states:
-            parts += f", {self.states} states of up to {shown_size(self.state)}"
+            parts += f", {states} of up to {shown_size(self.state)}"
         return f"  disk: about {shown_size(need)} at most ({parts}); {room}"
 
 

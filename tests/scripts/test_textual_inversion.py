@@ -310,7 +310,7 @@ def test_a_dry_run_knows_how_much_is_trained(
     assert run_script(script, tmp_path / "out", *given).code == 0
     values = vectors * TEXT_WIDTH[kind]
     shown = capsys.readouterr().out
-    assert f"1 models of {_shown(values * 4)}, 1 states of up to {_shown(values * 12)}" in shown
+    assert f"1 model of {_shown(values * 4)}, 1 state of up to {_shown(values * 12)}" in shown
 
 
 def _shown(size: int) -> str:

@@ -321,5 +321,5 @@ def test_a_dry_run_knows_how_much_is_trained(
     given = arguments(model, write_dataset(data), "--dry_run", "--v2", "--save_state")
     assert run_script("train_db", tmp_path / "out", *given).code == 0
     shown = capsys.readouterr().out
-    assert f"1 models of {size.total * 4 / 1e6:.3g} MB" in shown
-    assert f"1 states of up to {(size.unet + size.text_encoder) * 12 / 1e6:.3g} MB" in shown
+    assert f"1 model of {size.total * 4 / 1e6:.3g} MB" in shown
+    assert f"1 state of up to {(size.unet + size.text_encoder) * 12 / 1e6:.3g} MB" in shown

@@ -65,7 +65,7 @@ def test_states_count_three_times(tmp_path):
     _, models, states, disk = lines(tmp_path, save_state_on_train_end=True)
     assert models == "  models: dog.safetensors (1 saved)"
     assert states == "  states: dog-state (1 saved)"
-    assert "about 16 MB at most (1 models of 4 MB, 1 states of up to 12 MB)" in disk
+    assert "about 16 MB at most (1 model of 4 MB, 1 state of up to 12 MB)" in disk
 
 
 def test_many_files_are_shortened(tmp_path):
