@@ -18,13 +18,10 @@ import random
 import shutil
 import sys
 import tempfile
-import threading
 import time
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
-
-from tqdm import tqdm
 
 ROOT = Path(__file__).parent.parent
 sys.path.insert(0, str(ROOT))
@@ -223,8 +220,6 @@ def run(
     given = [word.format(**places) for word in tool.given]
 
     def before() -> None:
-        # The usual one is shared with all forks, and whoever is killed with it never gives it back.
-        tqdm.set_lock(threading.RLock())
         tool.before()
         prepare()
 

@@ -12,12 +12,15 @@ import os
 import shutil
 import signal
 import sys
+import threading
 import time
 import traceback
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
+
+from tqdm import tqdm
 
 from tests.scripts.methods import method_arguments
 
@@ -93,6 +96,8 @@ def run_forked(
         code = 1
         try:
             os.setsid()
+            # The usual one is shared by all forks, and one that is killed while it holds it never gives it back.
+            tqdm.set_lock(threading.RLock())
             output = os.open(log, os.O_WRONLY | os.O_CREAT | os.O_APPEND)
             os.dup2(output, sys.stdout.fileno())
             os.dup2(output, sys.stderr.fileno())
