@@ -7,12 +7,23 @@ from pathlib import Path
 
 import pytest
 
+from library.errors import UserError
 from library.files import read_metadata
 from tests.scripts.runs import Run, run_script, write_images
 from tests.tiny import tiny_sd
 
 EXAMPLES = sorted((Path(__file__).parents[1] / "golden" / "dataset_examples").glob("*.toml"))
 _PATH = re.compile(r"'C:\\([^']*)'")
+INVERSION = ("--token_string=zwx", "--init_word=dog", "--use_object_template")
+SCRIPTS = {
+    "train_network": ("--network_module=networks.lora", "--network_dim=4"),
+    "train_db": ("--save_model_as=safetensors",),
+    "fine_tune": ("--save_model_as=safetensors",),
+    "train_textual_inversion": INVERSION,
+    "train_textual_inversion_XTI": INVERSION,
+}
+USED = {"train_db": "124", "fine_tune": "3", "train_textual_inversion": "12345", "train_textual_inversion_XTI": "12345"}
+"""The numbers of the examples that the other scripts can use."""
 
 
 @pytest.fixture(scope="module")
@@ -75,17 +86,17 @@ def with_own_paths(example: Path, root: Path) -> Path:
     return dataset
 
 
-def train(model: Path, dataset: Path, output: Path) -> Run:
+def train(script: str, model: Path, dataset: Path, output: Path, *more: str) -> Run:
     return run_script(
-        "train_network",
+        script,
         output,
         f"--pretrained_model_name_or_path={model}",
         f"--dataset_config={dataset}",
-        "--network_module=networks.lora",
-        "--network_dim=4",
+        *SCRIPTS[script],
         "--sdpa",
         "--max_train_steps=1",
         "--max_data_loader_n_workers=0",
+        *more,
     )
 
 
@@ -93,9 +104,41 @@ def train(model: Path, dataset: Path, output: Path) -> Run:
 def test_a_documented_dataset_file_trains(model: Path, example: Path, tmp_path: Path) -> None:
     prepare, wanted = PREPARED[example.stem[0]]
     prepare(tmp_path)
-    run = train(model, with_own_paths(example, tmp_path), tmp_path / "out")
+    run = train("train_network", model, with_own_paths(example, tmp_path), tmp_path / "out")
     assert run.code == 0
     (loss,) = run.losses
     assert 0 < loss < 10
     written = json.loads(read_metadata(run.folder / "last.safetensors")["ss_datasets"])
     assert [{name: one[name] for name in wanted[0]} for one in written] == wanted
+
+
+@pytest.mark.parametrize(
+    ("script", "number"),
+    # An epoch of every kind of data once; at 512 pixels steps are slow, and the rest is planned without training.
+    [("train_db", "2"), ("fine_tune", "3"), ("train_textual_inversion", "5")],
+)
+def test_other_scripts_train_on_what_they_can_use(script: str, number: str, model: Path, tmp_path: Path) -> None:
+    prepare, _ = PREPARED[number]
+    prepare(tmp_path)
+    (example,) = (path for path in EXAMPLES if path.stem.startswith(number))
+    run = train(script, model, with_own_paths(example, tmp_path), tmp_path / "out")
+    assert run.code == 0
+    assert 0 < run.losses[0] < 10
+    assert any((run.folder / name).is_file() for name in ("last.safetensors", "zwx.pt"))
+
+
+@pytest.mark.parametrize("number", "12345")
+@pytest.mark.parametrize("script", USED)
+def test_other_scripts_plan_what_they_can_use_and_refuse_the_rest(
+    script: str, number: str, model: Path, tmp_path: Path
+) -> None:
+    prepare, _ = PREPARED[number]
+    prepare(tmp_path)
+    (example,) = (path for path in EXAMPLES if path.stem.startswith(number))
+    dataset = with_own_paths(example, tmp_path)
+    if number in USED[script]:
+        assert train(script, model, dataset, tmp_path / "out", "--dry_run").code == 0
+        return
+    with pytest.raises(UserError, match="this method") as refused:
+        train(script, model, dataset, tmp_path / "out", "--dry_run")
+    assert all(problem.where and problem.remedy for problem in refused.value.problems)
