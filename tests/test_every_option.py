@@ -7,6 +7,7 @@ Three kinds of proof, each of which fails if an option is ignored:
 - elsewhere, a test that is named (``ELSEWHERE``).
 
 Options that are refused are listed with the reason; everything else in the reference's lists must be in one table.
+Options of our own (``ADDED``) name their tests as well.
 """
 
 import ast
@@ -561,6 +562,7 @@ UPLOADS = "scripts/test_hub_uploads.py"
 STATE_ON_HUB = f"{UPLOADS}::test_removed_files_arrive_and_stay_on_the_hub_and_states_continue_from_there"
 VELOCITY = "scripts/test_train_network.py::test_losses_are_the_stored_ones"
 WORD = "scripts/test_textual_inversion.py"
+EMA = "scripts/test_validation_and_ema.py"
 
 ELSEWHERE: dict[str, str] = {
     **dict.fromkeys(
@@ -642,10 +644,39 @@ ALWAYS: dict[str, str] = {
 """What an option asks for that is so without it."""
 
 
+ADDED: dict[str, str] = {
+    **dict.fromkeys(
+        ("timestep_distribution", "timestep_logit_mean", "timestep_logit_std", "timestep_snr_gamma"),
+        LOSS,
+    ),
+    **dict.fromkeys(("ema", "ema_decay"), f"{EMA}::test_the_average_is_saved_beside_and_resumed"),
+    **dict.fromkeys(
+        ("ema_device", "ema_save"),
+        "scripts/test_validation_and_ema.py::test_a_state_without_an_average_and_the_reverse",
+    ),
+    "ema_previews": f"{EMA}::test_previews_with_the_average",
+    "cache_text_encoder_outputs": "scripts/test_train_network.py::test_captions_encoded_once_give_the_same_training",
+    "channels_last": "scripts/test_precision.py::test_channels_last_changes_rounding_only",
+    "tf32": f"{RUNTIME}::test_tf32_is_set_on_a_gpu_and_nowhere_else",
+    **dict.fromkeys(("vae_slicing", "vae_tiling"), "library/models/test_latents.py::test_the_vae_works_in_parts"),
+    "dry_run": "scripts/test_inspection.py::test_a_dry_run_shows_the_plan_without_anything_heavy",
+    "validate_dataset": "scripts/test_inspection.py::test_validation_is_pure_json_with_an_exit_code",
+    "no_report": "scripts/test_report.py::test_no_report",
+    "no_manifest": "scripts/test_manifest.py::*",
+    "on_nonfinite": "faults/test_nonfinite.py::*",
+    "resume_allow_changes": "scripts/test_resuming.py::test_allowed_changes_hold_from_here_on",
+    "save_state_every_minutes": "scripts/test_resuming.py::test_a_state_every_few_minutes",
+}
+"""Options that the reference does not have."""
+
+
 def test_nothing_is_left_out() -> None:
     tables: list[Mapping[str, object]] = [BATCHES, SCREEN, RUNS, ELSEWHERE, HERE, ALWAYS]
     told = {name for table in tables for name in table} | {f"metadata_{name}" for name in CARD}
-    assert {name for names in REFERENCE.values() for name in names} == told
+    reference = {name for names in REFERENCE.values() for name in names}
+    assert reference == told
+    declared = {name for script in SCRIPTS for name in declarations(OPTIONS[script])}
+    assert declared - reference == ADDED.keys()
 
 
 def test_scripts_share_what_they_have_in_common() -> None:
@@ -657,7 +688,7 @@ def test_scripts_share_what_they_have_in_common() -> None:
     assert {name for name, titles in kinds.items() if len(titles) > 1} == {"learning_rate_te", "save_model_as"}
 
 
-@pytest.mark.parametrize(("name", "place"), ELSEWHERE.items())
+@pytest.mark.parametrize(("name", "place"), [*ELSEWHERE.items(), *ADDED.items()])
 def test_the_named_test_is_there_and_about_it(name: str, place: str) -> None:
     file, _, function = place.partition("::")
     text = (TESTS / file).read_text(encoding="utf-8")

@@ -132,6 +132,10 @@ class Told:
     velocity: bool = False
     low: int = 0
     high: int = 1000
+    distribution: str = "uniform"
+    logit_mean: float = 0.0
+    logit_std: float = 1.0
+    snr_gamma: float = 5.0
     zero_terminal: bool = False
     offset: float = 0.0
     adaptive: float = 0.0
@@ -175,7 +179,7 @@ def expected(parts: Parts, data: Path, told: Told, word: str = "") -> float:
         noise = noise / noise.std()
     losses = []
     for number, (_, _, context) in enumerate(images):
-        t = draw(number, "timestep", lambda generator: torch.randint(told.low, told.high, (), generator=generator))
+        t = timestep_of(number, schedule.alphas_cumprod.double(), told)
         target, mixed_in = noise[number][None], noise[number][None]
         if told.gamma:
             strength = told.gamma * (rand(number, "input_perturbation_strength") if told.gamma_random else 1)
@@ -191,6 +195,18 @@ def expected(parts: Parts, data: Path, told: Told, word: str = "") -> float:
         weight = told.prior if number == PRIOR else 1.0
         losses.append(errors.mean().item() * weight * weight_of(alpha / (1 - alpha), told))
     return sum(losses) / 2
+
+
+def timestep_of(number: int, alphas: Tensor, told: Told) -> Tensor:
+    """Uniform, or by the inverse of the distribution: of a normal logit of (t + 1/2) / 1000, or of a table."""
+    if told.distribution == "uniform":
+        return draw(number, "timestep", lambda generator: torch.randint(told.low, told.high, (), generator=generator))
+    u = draw(number, "timestep", lambda generator: torch.rand((), dtype=torch.float64, generator=generator))
+    if told.distribution == "logit_normal":
+        return (1000 * torch.sigmoid(told.logit_mean + told.logit_std * torch.special.ndtri(u))).long()
+    snr = alphas / (1 - alphas)
+    weights = snr.clamp(max=told.snr_gamma) / (snr + 1 if told.velocity else snr)
+    return (weights.cumsum(0) < u * weights.sum()).sum()
 
 
 def noise_of(number: int, latents: Tensor, told: Told) -> Tensor:
@@ -246,6 +262,8 @@ def weight_of(snr: float, told: Told) -> float:
 Case = tuple[str, Told]
 HUBER = "--loss_type=huber --huber_c=0.2"
 SMOOTH = "--loss_type=smooth_l1 --huber_c=0.2"
+NORMAL = "--timestep_distribution=logit_normal --timestep_logit_mean=1 --timestep_logit_std=0.5"
+BY_SNR = "--timestep_distribution=snr --timestep_snr_gamma=1"
 ALL_WEIGHTS = Told(min_snr=1, like_velocity=0.5, debiased=True)
 CASES: list[Case] = [
     ("", Told()),
@@ -263,6 +281,8 @@ CASES: list[Case] = [
     ("--ip_noise_gamma=2 --ip_noise_gamma_random_strength", Told(gamma=2, gamma_random=True)),
     ("--min_timestep=700", Told(low=700)),
     ("--max_timestep=100", Told(high=100)),
+    (NORMAL, Told(distribution="logit_normal", logit_mean=1, logit_std=0.5)),
+    (BY_SNR, Told(distribution="snr", snr_gamma=1)),
     ("--loss_type=l1", Told(loss="l1")),
     (HUBER, Told(loss="huber", c=0.2)),
     (f"{HUBER} --huber_schedule=constant --huber_scale=2", Told(loss="huber", huber="constant", c=0.2, scale=2)),
@@ -361,13 +381,13 @@ SPOTS: dict[str, tuple[str, str, Told]] = {
     ),
     "velocity": (
         "sd2_v",
-        "--loss_type=l1 --scale_v_pred_loss_like_noise_pred --zero_terminal_snr",
-        Told(velocity=True, loss="l1", like_noise=True, zero_terminal=True),
+        f"--loss_type=l1 --scale_v_pred_loss_like_noise_pred --zero_terminal_snr {BY_SNR}",
+        Told(velocity=True, loss="l1", like_noise=True, zero_terminal=True, distribution="snr", snr_gamma=1),
     ),
     "more velocity": (
         "sd2_v",
-        "--min_snr_gamma=1 --debiased_estimation_loss",
-        Told(velocity=True, min_snr=1, debiased=True),
+        f"--min_snr_gamma=1 --debiased_estimation_loss {NORMAL}",
+        Told(velocity=True, min_snr=1, debiased=True, distribution="logit_normal", logit_mean=1, logit_std=0.5),
     ),
 }
 

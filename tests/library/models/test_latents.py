@@ -2,6 +2,8 @@ import pytest
 import torch
 
 from library.models.latents import decode_latents, encode_images, encoder_digest, sample_posterior
+from library.models.options import ModelOptions, PromptOptions
+from library.models.stable_diffusion import load_stable_diffusion
 from tests.tiny import tiny_parts
 
 
@@ -60,3 +62,22 @@ def test_the_digest_tells_encoders_apart_and_decoders_not():
         vae.quant_conv.bias[0] -= 1e-3
         vae.encoder.mid_block.resnets[0].norm1.weight[0] += 1e-3
         assert encoder_digest(vae) != digest
+
+
+@pytest.mark.parametrize("option", [None, "vae_slicing", "vae_tiling"])
+def test_the_vae_works_in_parts(option, tiny_folder):
+    given = {} if option is None else {option: True}
+    options = ModelOptions(pretrained_model_name_or_path=str(tiny_folder("sd1")), **given)
+    vae = load_stable_diffusion(options, PromptOptions()).vae
+    # Tiles of the size of a small picture.
+    vae.tile_sample_min_size, vae.tile_latent_min_size = 64, 8
+    seen = []
+    vae.encoder.register_forward_pre_hook(lambda _, taken: seen.append(tuple(taken[0].shape)))
+    encode_images(vae, torch.zeros(2, 3, 96, 64))
+    if option is None:
+        assert seen == [(2, 3, 96, 64)]
+    elif option == "vae_slicing":
+        assert seen == [(1, 3, 96, 64)] * 2
+    else:
+        assert len(seen) > 1
+        assert all(height <= 64 for _, _, height, _ in seen)
