@@ -168,6 +168,9 @@ def test_an_interrupted_run_uploads_what_it_has_saved(hub: StandIn, given: list[
         ended.set()
         watch.join()
     assert run.code == 130
-    assert len(digests(run)) > 2
-    assert hub.files == digests(run)
+    # The state that it leaves stays here: --save_state_to_huggingface is not given.
+    models = {path: digest for path, digest in digests(run).items() if "-state/" not in path}
+    assert len(models) > 2
+    assert len(digests(run)) > len(models)
+    assert hub.files == models
     assert not hub.sent_again
