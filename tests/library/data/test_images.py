@@ -363,8 +363,8 @@ def test_a_plugin_that_fails_in_its_own_way_makes_an_unreadable_image(tmp_path, 
     def broken(*_):
         raise RuntimeError("Generic Error. \nBuild the library yourself to know more.")
 
-    monkeypatch.setitem(Image.OPEN, "BROKEN", (broken, lambda start: start.startswith(b"broken")))
-    monkeypatch.setattr(Image, "ID", [*Image.ID, "BROKEN"])
+    Image.init()
+    monkeypatch.setitem(Image.OPEN, "PNG", (broken, lambda start: start.startswith(b"broken")))
     path = tmp_path / "a.png"
     path.write_bytes(b"broken")
     with pytest.raises(UserError, match=r"cannot read the image: Generic Error\.$|Error\.\n  where"):

@@ -235,7 +235,8 @@ from tests.library.training.moments import moments
 hook = threading.excepthook
 with Tracker(LoggingOptions(logging_dir=Path({str(tmp_path)!r})), tracker_name="x") as tracker:
     resource.setrlimit(resource.RLIMIT_FSIZE, (4096, 4096))
-    for moment in moments(2000, 2000):
+    # Fewer than wait for a slow disk.
+    for moment in moments(1500, 1500):
         tracker(moment)
 assert threading.excepthook is hook
 print("went on")
