@@ -11,8 +11,9 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Final
 
 from library.data.findings import Finding, error, warning
+from library.data.folder_files import FolderFiles
 from library.data.folders import explain_image_dir, image_names
-from library.data.image_headers import UnreadableImageError, displayed_size
+from library.data.image_headers import UnreadableImageError
 from library.data.spec import Size, SubsetSpec
 from library.errors import UserError
 
@@ -78,7 +79,7 @@ def unused_masks(subsets: Iterable[SubsetSpec], used: Collection[Path]) -> Itera
 def lint_masks(subset: SubsetSpec, records: Sequence["ImageRecord"]) -> Iterator[Finding]:
     """Masks of a wrong shape, and masks that change nothing or leave nothing to learn (a few are looked at)."""
     if subset.conditioning_data_dir is not None:
-        yield from _lint_shapes(subset, records)
+        yield from _lint_shapes(subset, FolderFiles(subset.conditioning_data_dir), records)
     elif not subset.alpha_mask:
         return
     step = max(1, len(records) // _MOST_LOOKED_AT)
@@ -96,19 +97,18 @@ def lint_masks(subset: SubsetSpec, records: Sequence["ImageRecord"]) -> Iterator
         yield error(f"{seen} {what}: nothing is left to learn", subset.where, "Paint white what is to be learnt.")
 
 
-def _lint_shapes(subset: SubsetSpec, records: Sequence["ImageRecord"]) -> Iterator[Finding]:
+def _lint_shapes(subset: SubsetSpec, masks: FolderFiles, records: Sequence["ImageRecord"]) -> Iterator[Finding]:
     damaged: list[str] = []
     misshapen: list[str] = []
-    for record in records:
-        if record.mask is None:
-            continue
-        try:
-            size = displayed_size(record.mask)
-        except UnreadableImageError:
-            damaged.append(record.mask.name)
-            continue
-        if not _same_shape(size, record.size):
-            misshapen.append(f"{record.mask.name} {size[0]}x{size[1]} for {record.size[0]}x{record.size[1]}")
+    masked = [(record.mask.name, record.size) for record in records if record.mask is not None]
+    sizes = masks.sizes(name for name, _ in masked)
+    masks.remember()
+    for name, image in masked:
+        size = sizes[name]
+        if isinstance(size, UnreadableImageError):
+            damaged.append(name)
+        elif not _same_shape(size, image):
+            misshapen.append(f"{name} {size[0]}x{size[1]} for {image[0]}x{image[1]}")
     if damaged:
         what = f"{len(damaged)} masks of '{subset.name}' cannot be read: {_named(damaged)}"
         yield error(what, subset.where, "Replace the files with whole copies.")

@@ -1,17 +1,21 @@
 """Masks: which file belongs to which image, that they go through resize, crop and flip, and mistakes."""
 
+import os
 import pickle
 from dataclasses import replace
+from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
 from PIL import Image
 
+from library.data import folder_files
 from library.data.cache_entry import read_entry
 from library.data.dataset import TrainingDataset
 from library.data.disk_cache import DiskLatentCache
 from library.data.epoch_plan import MicroBatch
+from library.data.image_headers import size_of_many
 from library.data.images import decode
 from library.data.latent_cache import LatentCache
 from library.data.lint import lint
@@ -383,3 +387,33 @@ def test_mirrored_latents_and_masks_are_kept_when_the_other_is_added(tmp_path):
         entry = read_entry(path)
         assert entry.mirrored is not None
         assert entry.mask is not None
+
+
+def test_the_sizes_of_many_masks_are_remembered(tmp_path, monkeypatch):
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+    monkeypatch.setattr(folder_files, "_WORTH_KEEPING", 2)
+    read = []
+
+    def noted(path):
+        read.append(Path(path).relative_to(tmp_path).as_posix())
+        return size_of_many(path)
+
+    monkeypatch.setattr(folder_files, "size_of_many", noted)
+    _, spec, _ = make_set(tmp_path, count=3)
+    masks = sorted((tmp_path / "masks").iterdir())
+    for path in (*masks, *(tmp_path / "images").iterdir()):
+        os.utime(path, (1e9, 1e9))
+
+    def checked():
+        read.clear()
+        records, findings = scan(spec)
+        return errors([*findings, *lint(spec, records)])
+
+    assert not checked()
+    assert {"masks/0.png", "images/0.png"} <= set(read)
+    assert not checked()
+    assert not read
+    # One that was changed is looked at again, though nothing else tells that its shape is another one.
+    save(masks[1], np.zeros((60, 10)))
+    assert "1.png 10x60 for 80x60" in str(checked()[0])
+    assert read == ["masks/1.png"]
