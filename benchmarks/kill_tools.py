@@ -78,6 +78,8 @@ BLIP = ("--caption_weights={models}/blip", "--max_length=12", "--batch_size=2", 
 TAGGER = ("--model_dir={models}/tagger", "--batch_size=2", "--skip_existing", "--thresh=0.2")
 TOOLS = (
     Tool(title="captions", script="make_captions", given=("{work}/images", *BLIP)),
+    Tool(title="captions by GIT", script="make_captions_by_git",
+         given=("{work}/images", "--model_id={models}/git", "--max_length=12", "--batch_size=2", "--skip_existing")),
     Tool(title="tags", script="tag_images_by_wd14_tagger",
          given=("{work}/images", *TAGGER, "--caption_extension=.tags")),
     Tool(title="tags, one file", script="tag_images_by_wd14_tagger",
@@ -132,6 +134,7 @@ def prepare(folder: Path) -> None:
     torch.set_num_threads(1)
     models, start = folder / "models", folder / "start"
     tiny_models.write_blip(models / "blip")
+    tiny_models.write_git(models / "git")
     tiny_models.write_tagger(models / "tagger")
     tiny_sd(models / "sd", "sd1", layers_per_block=1)
     write_images(start / "images", IMAGES)

@@ -25,6 +25,9 @@ from library.options import did_you_mean  # noqa: E402
 from library.runtime_options import ConsoleOptions  # noqa: E402
 
 if TYPE_CHECKING:
+    import numpy as np
+    from numpy.typing import NDArray
+
     from finetune.processes import Processes
     from finetune.tag_output import TagOutput
     from finetune.tagger_model import Tagger, TaggerImage
@@ -67,10 +70,10 @@ class Options:
 
 
 @dataclass(frozen=True, slots=True)
-class Tagged:
-    """What is written for an image: its tags, and its displayed size."""
+class Answer:
+    """What the network says of an image: a probability for each label; and the image's displayed size."""
 
-    tags: list[str]
+    probabilities: "NDArray[np.float32]"
     size: tuple[int, int]
 
 
@@ -113,15 +116,17 @@ def tag(
     chooser = _chooser(tagger.labels, options)
     counts: Counter[str] = Counter()
 
-    def infer(paths: Sequence[Path], contents: "Sequence[TaggerImage]") -> Sequence[Tagged]:
+    def infer(paths: Sequence[Path], contents: "Sequence[TaggerImage]") -> Sequence[Answer]:
         probabilities = tagger.probabilities(contents)
-        return [Tagged(chooser.choose(row), image.size) for row, image in zip(probabilities, contents, strict=True)]
+        return [Answer(row, image.size) for row, image in zip(probabilities, contents, strict=True)]
 
-    def write(path: Path, tagged: Tagged) -> None:
-        output.write(path, tagged.tags, tagged.size)
-        counts.update(tagged.tags)
+    def write(path: Path, answer: Answer) -> None:
+        # Here and not with the network, which would have to wait for it.
+        tags = chooser.choose(answer.probabilities)
+        output.write(path, tags, answer.size)
+        counts.update(tags)
         if options.work.debug:
-            print("\n".join([f"{path}:", *_by_category(chooser, tagged.tags)]))
+            print("\n".join([f"{path}:", *_by_category(chooser, tags)]))
 
     own = processes.share(images)
     work = ImageWork(

@@ -131,7 +131,9 @@ class Tagger:
         Raises:
             UserError: The model fails, or gives something else.
         """
-        batch = np.stack([image.pixels for image in images]).astype(np.float32)
+        batch = np.empty((len(images), *images[0].pixels.shape), np.float32)
+        for place, image in enumerate(images):
+            batch[place] = image.pixels
         if self.fixed_batch is not None and len(batch) < self.fixed_batch:
             batch = np.concatenate([batch, np.repeat(batch[-1:], self.fixed_batch - len(batch), axis=0)])
         if self._channels_first:

@@ -162,7 +162,10 @@ def _names(source: Path, target: Path) -> list[str]:
         raise UserError(f"folder not found: '{source}'", where="src_img_folder", remedy=near_remedy(source))
     if target.exists() and target.samefile(source):
         raise UserError("both folders are the same", where="dst_img_folder", remedy="Give another folder.")
-    names = sorted(entry.name for entry in source.iterdir() if entry.is_file())
+    # A link that leads nowhere is named like any other image that cannot be read.
+    names = sorted(
+        entry.name for entry in source.iterdir() if entry.is_file() or (is_image(entry.name) and not entry.is_dir())
+    )
     if not any(map(is_image, names)):
         raise UserError(f"no images in the folder '{source}'", where="src_img_folder", remedy="Give their folder.")
     stems = Counter(Path(name).stem for name in names if is_image(name))

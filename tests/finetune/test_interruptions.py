@@ -32,7 +32,7 @@ def test_killed_tools_come_to_the_same_bytes() -> None:
     ended = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=400, check=False)
     assert ended.returncode == 0, ended.stdout + ended.stderr
     rows = [line.split("|") for line in ended.stdout.splitlines()[2:]]
-    assert len(rows) == 8
+    assert len(rows) == 9
     assert all(int(kills.split()[0]) == 4 and int(wrong) == 0 for _, _, kills, _, wrong, *_ in rows)
 
 

@@ -89,8 +89,11 @@ def test_png_keeps_transparency_and_the_colours_under_it(tmp_path: Path) -> None
 def test_a_bad_image_is_named_and_the_others_done(tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
     source, target = write_folder(tmp_path / "in"), tmp_path / "out"
     (source / "bad.png").write_bytes(b"no image")
+    (source / "gone.png").symlink_to(tmp_path / "nowhere.png")
     assert main([str(source), str(target), "--max_resolution=64x64"]) == 1
-    assert f"skipped: {source / 'bad.png'}" in capfd.readouterr().err
+    told = capfd.readouterr().err
+    assert f"skipped: {source / 'bad.png'}" in told
+    assert f"skipped: {source / 'gone.png'}: image not found" in told
     assert set(copies(target)) == {"small+64x64.jpg", "wide+64x64.jpg"}
 
 
