@@ -4,7 +4,6 @@ Usage: ``accelerate launch fine_tune.py --dataset_config x.toml --pretrained_mod
 ``python fine_tune.py ...``; ``--help`` lists every option.
 """
 
-import logging
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
@@ -19,9 +18,7 @@ from library.data.options import (
 )
 from library.diffusion.options import LossOptions, NoiseOptions
 from library.errors import Problem, run_script
-from library.full_model_options import FineTuningOptions, ModelFileOptions, TrainedParts, target_problems
-from library.inputs import check_inputs
-from library.models.formats import suffix_of
+from library.full_model_options import FineTuningOptions, ModelFileOptions, TrainedParts
 from library.models.options import AttentionOptions, ModelOptions, PromptOptions
 from library.option_relations import (
     cached_text_notices,
@@ -31,9 +28,9 @@ from library.option_relations import (
     prediction_problems,
     snr_problems,
 )
-from library.options import parse_options
-from library.runtime import set_up_logging, start_runtime
+from library.runtime import start_runtime
 from library.runtime_options import ConsoleOptions, DeepSpeedOptions, RuntimeOptions
+from library.script_options import read_options
 from library.training.options import (
     EmaOptions,
     HubOptions,
@@ -49,8 +46,6 @@ from library.training.options import (
 
 if TYPE_CHECKING:
     from library.inputs import Inputs
-
-log = logging.getLogger("fine_tune")
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -116,37 +111,18 @@ class Options:
 
 def main(argv: list[str]) -> int:
     """Check everything quickly, then train; returns the exit code."""
-    notices: list[str] = []
-    options = parse_options(
-        Options, argv, prog="fine_tune.py", description=__doc__.splitlines()[0], announce=notices.append
-    )
-    set_up_logging(options.console)
-    for notice in notices:
-        log.warning(notice)
+    options = read_options(Options, argv, prog="fine_tune.py", description=__doc__.splitlines()[0])
     # Looking at data needs NumPy; --help and mistakes in options do not wait for it.
     from library.data.support import FINE_TUNING
-    from library.inspection import dry_run, inspect_data
-    from library.models.size import size_of_model
+    from library.full_model_checks import full_model_dry_run, full_model_inputs
+    from library.inspection import inspect_data
 
     inspected = inspect_data(options, support=FINE_TUNING)
     if inspected is not None:
         return inspected
-    format = options.file.format(options.model.pretrained_model_name_or_path)
-    inputs = check_inputs(
-        options,
-        more=target_problems(options.save, format, options.ema),
-        support=FINE_TUNING,
-        captions_once=options.caches_text,
-    )
+    inputs = full_model_inputs(options, support=FINE_TUNING)
     if options.check.dry_run:
-        size = size_of_model(options.model.pretrained_model_name_or_path)
-        return dry_run(
-            options,
-            inputs,
-            suffix=suffix_of(format),
-            trained_values=None if size is None else options.parts.values_of(size),
-            saved_values=None if size is None else size.total,
-        )
+        return full_model_dry_run(options, inputs)
     return train(options, inputs)
 
 
@@ -154,10 +130,8 @@ def train(options: Options, inputs: "Inputs") -> int:
     """Train the model; everything heavy is imported from here on."""
     from library.cached_conditioning import text_conditioning
     from library.data.setup import prepare_data
-    from library.full_model import FullModelTraining, load_trained_model, number_of_values
+    from library.full_model import load_trained_model, train_full_model
     from library.models.attention import use_attention
-    from library.results import Result
-    from library.run import train as run
     from library.task import DenoisingTask
     from library.training.rates import try_rates
 
@@ -183,23 +157,7 @@ def train(options: Options, inputs: "Inputs") -> int:
         loss=options.loss,
         vae_batch_size=options.cache.vae_batch_size,
     )
-    format = options.file.format(options.model.pretrained_model_name_or_path)
-    method = FullModelTraining(
-        task,
-        parts,
-        gradient_checkpointing=options.runtime.gradient_checkpointing,
-        format=format,
-        save_precision=options.save.save_precision,
-        offload_checkpoints=options.runtime.cpu_offload_checkpointing,
-    )
-    result = Result(
-        script="fine_tune.py",
-        kind="checkpoint" if suffix_of(format) else "diffusers",
-        suffix=suffix_of(format),
-        tracker_name="finetuning",
-        saved_values=number_of_values(model),
-    )
-    return run(method, task, result, options=options, inputs=inputs, data=data)
+    return train_full_model(task, options, script="fine_tune.py", tracker_name="finetuning", inputs=inputs, data=data)
 
 
 if __name__ == "__main__":

@@ -4,7 +4,6 @@ Usage: ``accelerate launch train_network.py --dataset_config x.toml --network_mo
 ``python train_network.py ...``; ``--help`` lists every option.
 """
 
-import logging
 from dataclasses import dataclass
 from functools import partial
 from typing import TYPE_CHECKING
@@ -30,9 +29,9 @@ from library.option_relations import (
     prediction_problems,
     snr_problems,
 )
-from library.options import parse_options
-from library.runtime import set_up_logging, start_runtime
+from library.runtime import start_runtime
 from library.runtime_options import ConsoleOptions, DeepSpeedOptions, RuntimeOptions
+from library.script_options import read_options
 from library.training.options import (
     EmaOptions,
     HubOptions,
@@ -52,8 +51,6 @@ from networks.size import trained_values
 
 if TYPE_CHECKING:
     from library.inputs import Inputs
-
-log = logging.getLogger("train_network")
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -108,13 +105,7 @@ class Options:
 
 def main(argv: list[str]) -> int:
     """Check everything quickly, then train; returns the exit code."""
-    notices: list[str] = []
-    options = parse_options(
-        Options, argv, prog="train_network.py", description=__doc__.splitlines()[0], announce=notices.append
-    )
-    set_up_logging(options.console)
-    for notice in notices:
-        log.warning(notice)
+    options = read_options(Options, argv, prog="train_network.py", description=__doc__.splitlines()[0])
     # Looking at data needs NumPy; --help and mistakes in options do not wait for it.
     from library.inspection import dry_run, inspect_data
 

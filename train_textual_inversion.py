@@ -4,63 +4,35 @@ Usage: ``python train_textual_inversion.py --dataset_config x.toml --token_strin
 ``accelerate launch``; ``--help`` lists every option.
 """
 
-import logging
 from typing import TYPE_CHECKING
 
 from library.errors import run_script
-from library.inputs import check_inputs
 from library.models.embedding_files import embedding_tensors
-from library.new_words import Rewording, check_captions, check_word, word_notices
-from library.options import parse_options
-from library.runtime import set_up_logging, start_runtime
+from library.new_words import Rewording, check_word
+from library.runtime import start_runtime
+from library.script_options import read_options
 from library.textual_inversion_options import TextualInversionOptions as Options
 from library.textual_inversion_options import named
 
 if TYPE_CHECKING:
     from library.inputs import Inputs
 
-log = logging.getLogger("train_textual_inversion")
-
 
 def main(argv: list[str]) -> int:
     """Check everything quickly, then train; returns the exit code."""
-    notices: list[str] = []
-    options = named(
-        parse_options(
-            Options,
-            argv,
-            prog="train_textual_inversion.py",
-            description=__doc__.splitlines()[0],
-            announce=notices.append,
-        )
-    )
-    set_up_logging(options.console)
-    for notice in notices:
-        log.warning(notice)
+    options = named(read_options(Options, argv, prog="train_textual_inversion.py", description=__doc__.splitlines()[0]))
     # Looking at data needs NumPy; --help and mistakes in options do not wait for it.
-    from library.data.findings import warnings_of
     from library.data.support import TEXTUAL_INVERSION
-    from library.inspection import dry_run, inspect_data
-    from library.models.size import text_width_of_model
+    from library.inspection import inspect_data
+    from library.new_word_checks import new_word_dry_run, new_word_inputs
 
     rewording = Rewording.of(options.embedding)
     inspected = inspect_data(options, support=TEXTUAL_INVERSION, rewording=rewording)
     if inspected is not None:
         return inspected
-    inputs = check_inputs(options, more=check_word(options.embedding, layered=False), support=TEXTUAL_INVERSION)
-    for finding in warnings_of(check_captions(rewording, inputs.spec, inputs.records)):
-        log.warning("%s", finding)
-    for notice in word_notices(options.embedding):
-        log.warning(notice)
+    inputs = new_word_inputs(options, rewording, more=check_word(options.embedding, layered=False))
     if options.check.dry_run:
-        width = text_width_of_model(options.model.pretrained_model_name_or_path)
-        return dry_run(
-            options,
-            inputs,
-            suffix=f".{options.embedding.save_model_as}",
-            trained_values=None if width is None else options.embedding.num_vectors_per_token * width,
-            rewording=rewording,
-        )
+        return new_word_dry_run(options, inputs, rewording)
     return train(options, inputs, rewording)
 
 
@@ -70,10 +42,8 @@ def train(options: Options, inputs: "Inputs", rewording: Rewording) -> int:
     from library.models.attention import use_attention
     from library.models.fp8 import narrow_base
     from library.models.stable_diffusion import load_stable_diffusion
-    from library.results import Result
-    from library.run import train as run
     from library.task import DenoisingTask
-    from library.textual_inversion import EmbeddingTraining, WordConditioning, teach
+    from library.textual_inversion import WordConditioning, teach, train_new_word
     from library.training.rates import try_rates
 
     # Every step's gradient reaches every row, if only as a zero.
@@ -95,22 +65,15 @@ def train(options: Options, inputs: "Inputs", rewording: Rewording) -> int:
         loss=options.loss,
         vae_batch_size=options.cache.vae_batch_size,
     )
-    method = EmbeddingTraining(
+    return train_new_word(
         learnt,
         task,
         lambda rows, suffix: embedding_tensors(rows, token=learnt.word.token, suffix=suffix),
-        learning_rate=options.optimizer.learning_rate,
-        gradient_checkpointing=options.runtime.gradient_checkpointing,
-        save_precision=options.save.save_precision,
-        offload_checkpoints=options.runtime.cpu_offload_checkpointing,
-    )
-    result = Result(
+        options,
         script="train_textual_inversion.py",
-        kind="textual-inversion",
-        suffix=f".{options.embedding.save_model_as}",
-        tracker_name="textual_inversion",
+        inputs=inputs,
+        data=data,
     )
-    return run(method, task, result, options=options, inputs=inputs, data=data)
 
 
 if __name__ == "__main__":

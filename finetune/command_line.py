@@ -1,16 +1,13 @@
 """The command line of a tool that works on a folder of images. Imports nothing heavy."""
 
-import logging
 from collections.abc import Sequence
 from typing import TypeVar
 
 from library.option_positions import name_positions, split_positions
-from library.options import parse_options
-from library.runtime import set_up_logging
+from library.script_options import HasConsole
+from library.script_options import read_options as read_named_options
 
-T = TypeVar("T")
-
-log = logging.getLogger(__name__)
+T = TypeVar("T", bound=HasConsole)
 
 FOLDER = "train_data_dir"
 """The option that is given by its place, without a flag; a flag or a line of a file does as well."""
@@ -28,16 +25,6 @@ def read_options(kind: type[T], argv: Sequence[str], *, prog: str, description: 
     Raises:
         UserError: Something is wrong; all problems together.
     """
-    notices: list[str] = []
     words, rest = split_positions(kind, argv)
-    options = parse_options(
-        kind,
-        [*name_positions(words, [FOLDER]), *rest],
-        prog=f"{prog} {FOLDER}",
-        description=description,
-        announce=notices.append,
-    )
-    set_up_logging(options.console)  # type: ignore[attr-defined]
-    for notice in notices:
-        log.warning(notice)
-    return options
+    named = [*name_positions(words, [FOLDER]), *rest]
+    return read_named_options(kind, named, prog=f"{prog} {FOLDER}", description=description)

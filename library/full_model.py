@@ -3,21 +3,30 @@
 from collections.abc import Mapping
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor, nn
 
 from library.data.dataset import Batch
+from library.data.setup import TrainingData
+from library.full_model_checks import FullModelOptions, format_of
 from library.full_model_options import TrainedParts
+from library.inputs import Inputs
 from library.models.checkpointing import use_checkpointing, use_text_checkpointing
-from library.models.formats import ModelFormat
+from library.models.formats import ModelFormat, suffix_of
 from library.models.model_saving import save_model
 from library.models.options import ModelOptions, PromptOptions
 from library.models.precision import save_dtype
 from library.models.stable_diffusion import StableDiffusion, load_stable_diffusion
+from library.results import Result
+from library.run import RunOptions, train
 from library.runtime import Runtime
 from library.task import DenoisingTask
+
+
+class _Options(FullModelOptions, RunOptions, Protocol):
+    """What a run that trains the model itself knows of its options."""
 
 
 def load_trained_model(
@@ -116,6 +125,38 @@ class FullModelTraining:
         """
         model = replace(self._model, zero_terminal_snr=self._zero_terminal_snr)
         save_model(path, model, format=self._format, dtype=self._dtype, metadata=metadata, step=step, epoch=epoch)
+
+
+def train_full_model(
+    task: DenoisingTask, options: _Options, *, script: str, tracker_name: str, inputs: Inputs, data: TrainingData
+) -> int:
+    """Train the parts of the model that the options name, and save it whole; returns the exit code.
+
+    Args:
+        task: The losses, with a model from :func:`load_trained_model`.
+        options: The script's options.
+        script: Name of the script's file.
+        tracker_name: Name of the log where the options give none.
+        inputs: The checked inputs.
+        data: The training set.
+    """
+    format = format_of(options)
+    method = FullModelTraining(
+        task,
+        options.parts,
+        gradient_checkpointing=options.runtime.gradient_checkpointing,
+        format=format,
+        save_precision=options.save.save_precision,
+        offload_checkpoints=options.runtime.cpu_offload_checkpointing,
+    )
+    result = Result(
+        script=script,
+        kind="checkpoint" if suffix_of(format) else "diffusers",
+        suffix=suffix_of(format),
+        tracker_name=tracker_name,
+        saved_values=number_of_values(task.model),
+    )
+    return train(method, task, result, options=options, inputs=inputs, data=data)
 
 
 def number_of_values(model: StableDiffusion) -> int:

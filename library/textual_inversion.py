@@ -10,7 +10,9 @@ from torch import Tensor, nn
 
 from library.conditioning import ClipConditioning
 from library.data.dataset import Batch
+from library.data.setup import TrainingData
 from library.files import write_tensors
+from library.inputs import Inputs
 from library.models.checkpointing import use_checkpointing, use_text_checkpointing
 from library.models.embedding_files import read_embedding
 from library.models.embedding_options import EmbeddingOptions
@@ -20,7 +22,10 @@ from library.models.precision import save_dtype
 from library.models.prompts import TokenizedCaption
 from library.models.stable_diffusion import StableDiffusion
 from library.new_words import NewWord
+from library.results import Result
+from library.run import train
 from library.task import DenoisingTask
+from library.textual_inversion_options import TextualInversionOptions
 
 log = logging.getLogger(__name__)
 
@@ -171,3 +176,42 @@ class EmbeddingTraining:
         """
         tensors = self._contents(self._rows.weight.detach(), path.suffix.lower())
         write_tensors(path, tensors, metadata=metadata, dtype=self._dtype)
+
+
+def train_new_word(
+    learnt: LearntWord,
+    task: DenoisingTask,
+    contents: Callable[[Tensor, str], dict[str, Tensor]],
+    options: TextualInversionOptions,
+    *,
+    script: str,
+    inputs: Inputs,
+    data: TrainingData,
+) -> int:
+    """Train a word's embeddings and save them; returns the exit code.
+
+    Args:
+        learnt: The word.
+        task: Losses with the model that knows it.
+        contents: What a file with a given suffix holds of the trained rows, by name.
+        options: The script's options.
+        script: Name of the script's file.
+        inputs: The checked inputs.
+        data: The training set.
+    """
+    method = EmbeddingTraining(
+        learnt,
+        task,
+        contents,
+        learning_rate=options.optimizer.learning_rate,
+        gradient_checkpointing=options.runtime.gradient_checkpointing,
+        save_precision=options.save.save_precision,
+        offload_checkpoints=options.runtime.cpu_offload_checkpointing,
+    )
+    result = Result(
+        script=script,
+        kind="textual-inversion",
+        suffix=f".{options.embedding.save_model_as}",
+        tracker_name="textual_inversion",
+    )
+    return train(method, task, result, options=options, inputs=inputs, data=data)

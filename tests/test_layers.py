@@ -27,7 +27,7 @@ OPTIONS = [
     "library.option_values",
     "library.runtime_options",
 ]
-RUNTIME = ["library.randomness", "library.messages", "library.runtime"]
+RUNTIME = ["library.randomness", "library.messages", "library.runtime", "library.script_options"]
 PACKAGES = ["library.models", "library.diffusion", "library.data", "library.training"]
 TOP = [
     "library.breakdowns",
@@ -50,10 +50,12 @@ TOP = [
     "library.run",
     "library.caption_lengths",
     "library.full_model_options",
+    "library.full_model_checks",
     "library.full_model",
     "library.textual_inversion",
     "library.textual_inversion_options",
     "library.layered_conditioning",
+    "library.new_word_checks",
 ]
 
 
