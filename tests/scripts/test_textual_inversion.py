@@ -1,6 +1,5 @@
 """``train_textual_inversion.py`` end to end, on small random models."""
 
-import os
 import shutil
 import subprocess
 import sys
@@ -12,7 +11,7 @@ import torch
 
 from library.errors import UserError
 from library.files import read_metadata, read_tensors
-from tests.scripts.runs import Run, read_losses, run_script, tensor_hash, write_dataset
+from tests.scripts.runs import Run, run_script, tensor_hash, write_dataset
 from tests.tiny import TEXT_WIDTH, Kind, tiny_ldm, tiny_sd
 
 ROOT = Path(__file__).parents[2]
@@ -190,20 +189,6 @@ def test_batch_and_accumulation_agree(models: dict[str, Path], data: Path, tmp_p
         *arguments(models["sd1"], dataset(data), "--gradient_accumulation_steps=2"),
     )
     assert split.losses == pytest.approx(whole.losses, abs=1e-4)
-
-
-@pytest.mark.slow
-def test_two_processes_agree_with_one(models: dict[str, Path], data: Path, tmp_path: Path) -> None:
-    whole = run_script(SCRIPT, tmp_path / "1", *arguments(models["sd1"], dataset(data, batch_size=4)))
-    output = tmp_path / "2"
-    command = [
-        *(sys.executable, "-m", "torch.distributed.run", "--nproc_per_node=2", "--master_port=0"),
-        *("--rdzv_backend=c10d", "--rdzv_endpoint=localhost:0", str(ROOT / f"{SCRIPT}.py")),
-        *(f"--output_dir={output}", "--seed=7", f"--logging_dir={output / 'log'}"),
-        *arguments(models["sd1"], dataset(data)),
-    ]
-    subprocess.run(command, check=True, cwd=ROOT, env={**os.environ, "OMP_NUM_THREADS": "1"}, timeout=300)
-    assert read_losses(output / "log") == pytest.approx(whole.losses, abs=1e-4)
 
 
 def test_a_resumed_run_equals_the_uninterrupted_one(models: dict[str, Path], data: Path, tmp_path: Path) -> None:

@@ -1,8 +1,5 @@
 """``train_textual_inversion_XTI.py`` end to end, on small random models."""
 
-import os
-import subprocess
-import sys
 from pathlib import Path
 
 import numpy as np
@@ -12,8 +9,8 @@ import torch
 from library.errors import UserError
 from library.files import read_metadata, read_tensors
 from library.models.embedding_files import LAYERS
-from tests.scripts.runs import Run, read_losses, run_script
-from tests.scripts.test_textual_inversion import ASSETS, FLAGS, ROOT, arguments, dataset, trained_rows
+from tests.scripts.runs import Run, run_script
+from tests.scripts.test_textual_inversion import ASSETS, FLAGS, arguments, dataset, trained_rows
 from tests.tiny import Kind, tiny_sd
 
 SCRIPT = "train_textual_inversion_XTI"
@@ -130,20 +127,6 @@ def test_each_block_reads_the_caption_with_its_own_words(max_token_length: int |
     for number, (_, named) in enumerate(seen):
         assert torch.allclose(named["encoder_hidden_states"], expected[number], atol=1e-5), LAYERS[number]
     assert not torch.allclose(expected[0], expected[1], atol=1e-3)
-
-
-@pytest.mark.slow
-def test_two_processes_agree_with_one(models: dict[str, Path], data: Path, tmp_path: Path) -> None:
-    whole = run_script(SCRIPT, tmp_path / "1", *arguments(models["sd1"], dataset(data, batch_size=4)))
-    output = tmp_path / "2"
-    command = [
-        *(sys.executable, "-m", "torch.distributed.run", "--nproc_per_node=2", "--master_port=0"),
-        *("--rdzv_backend=c10d", "--rdzv_endpoint=localhost:0", str(ROOT / f"{SCRIPT}.py")),
-        *(f"--output_dir={output}", "--seed=7", f"--logging_dir={output / 'log'}"),
-        *arguments(models["sd1"], dataset(data)),
-    ]
-    subprocess.run(command, check=True, cwd=ROOT, env={**os.environ, "OMP_NUM_THREADS": "1"}, timeout=300)
-    assert read_losses(output / "log") == pytest.approx(whole.losses, abs=1e-4)
 
 
 def test_a_resumed_run_equals_the_uninterrupted_one(models: dict[str, Path], data: Path, tmp_path: Path) -> None:
