@@ -139,7 +139,7 @@ def train(options: Options, inputs: "Inputs") -> int:
 
     # The base model: frozen, in the precision of the run, or narrower.
     model = load_stable_diffusion(options.model, options.prompts, dtype=runtime.weight_dtype)
-    use_attention(model.unet, model.vae, options.attention)
+    use_attention(model.unet, model.deferred_vae.structure, options.attention)
 
     # The network: its own weights stay in fp32.
     network = build_network(

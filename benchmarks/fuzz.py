@@ -12,6 +12,7 @@ Ctrl-C ends it with the table of what was tried so far.
 import argparse
 import contextlib
 import hashlib
+import logging
 import os
 import resource
 import sys
@@ -144,6 +145,8 @@ def main() -> int:
     arguments = parser.parse_args()
     resource.setrlimit(resource.RLIMIT_AS, (MEMORY, MEMORY))
     os.environ.setdefault("OMP_NUM_THREADS", "1")
+    # What readers warn of is not what is looked for.
+    logging.basicConfig(handlers=[logging.NullHandler()])
     lines: list[Line] = []
     show(*HEADINGS)
     show(*("-" * width for width in WIDTHS))

@@ -49,7 +49,7 @@ def load_vae(source: str, dtype: "torch.dtype") -> Any:
     from library.models.hub import fetch_vae
     from library.models.ldm_file import PartWeights, vae_of_checkpoint
     from library.models.ldm_keys import vae_from_folder
-    from library.models.parts import build_vae
+    from library.models.parts import prepare_vae
 
     where = f"{FLAG} {source}"
     path = _local(source) or vae_folder(fetch_vae(source))
@@ -58,4 +58,4 @@ def load_vae(source: str, dtype: "torch.dtype") -> Any:
         weights = PartWeights(config, vae_from_folder(read_tensors(weight_file(path, "vae")).tensors))
     else:
         weights = vae_of_checkpoint(read_tensors(path, mapped=True), where=where, beside=path.with_name("config.json"))
-    return build_vae(weights.config, weights.tensors, dtype=dtype, where=where)
+    return prepare_vae(weights.config, weights.tensors, dtype=dtype, where=where).module

@@ -161,7 +161,8 @@ def train_full_model(
 
 def number_of_values(model: StableDiffusion) -> int:
     """How many values a file of the whole model holds."""
-    return sum(tensor.numel() for part in (model.unet, model.text_encoder, model.vae) for tensor in part.parameters())
+    parts = (model.unet, model.text_encoder, model.deferred_vae.structure)
+    return sum(tensor.numel() for part in parts for tensor in part.parameters())
 
 
 def _trained(model: StableDiffusion, parts: TrainedParts) -> dict[str, nn.Module]:

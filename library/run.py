@@ -311,7 +311,7 @@ class _Run:
 
     def _made_of(self) -> dict[str, object]:
         """What states tell of the run, so that it is not continued as another one."""
-        plan, model = self._plan, self._task.model
+        plan, model, vae = self._plan, self._task.model, self._task.model.deferred_vae
         options = {name: value for name, value in flat_values(self._options).items() if name not in _TOLD_BY_DATA}
         return fingerprint(
             {**options, "seed": self._runtime.seed},
@@ -322,8 +322,9 @@ class _Run:
                 steps_per_epoch=plan.steps_per_epoch,
             ),
             model={
-                what: frozen_digest(part)
-                for what, part in (("U-Net", model.unet), ("text encoder", model.text_encoder), ("VAE", model.vae))
+                "U-Net": frozen_digest(model.unet),
+                "text encoder": frozen_digest(model.text_encoder),
+                "VAE": frozen_digest(vae.structure, vae.state_dict()),
             },
             total_steps=self._length.total_steps,
         )
@@ -391,13 +392,14 @@ def _filled_cache(task: DenoisingTask, cache: CacheOptions, data: TrainingData) 
     if not cache.cache_latents and not data.has_latent_files:
         task.model.vae.to(runtime.device)
         return None
+    vae = task.model.deferred_vae
     filled: LatentSource
     with task.encoding() as encode:
         if cache.cache_latents_to_disk:
             filled = DiskLatentCache.fill(
                 data,
                 encode,
-                vae=encoder_digest(task.model.vae),
+                vae=encoder_digest(vae.structure, vae.state_dict()),
                 batch_size=cache.vae_batch_size,
                 trust_names=cache.skip_cache_check,
                 share=Share(rank=runtime.rank, world=runtime.world, wait=runtime.accelerator.wait_for_everyone),

@@ -140,10 +140,12 @@ def build_network(
     _merge_base_weights(options, text_encoder, model.unet)
     if settle is not None:
         settle(model)
+    # Ours make nothing of the VAE, which may not have been needed yet.
+    vae = None if options.network_module in OWN else model.vae
     # Modules of other authors draw from the global generators.
     with seeded_globals(seed, "init"), made_compatible(module, model.unet):
         network = explained(
-            module, "create the network", lambda: _create(module, options, model.vae, text_encoder, model.unet)
+            module, "create the network", lambda: _create(module, options, vae, text_encoder, model.unet)
         )
         if isinstance(network, KeyedInitialization):
             network.initialize(seed)
@@ -161,7 +163,7 @@ def build_network(
 
 
 def _create(
-    module: ModuleType, options: NetworkOptions, vae: "nn.Module", text_encoder: "nn.Module", unet: "nn.Module"
+    module: ModuleType, options: NetworkOptions, vae: "nn.Module | None", text_encoder: "nn.Module", unet: "nn.Module"
 ) -> Any:
     arguments = split_arguments(options.network_args)
     if options.network_dropout is not None:

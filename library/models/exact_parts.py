@@ -13,6 +13,7 @@ from torch import Tensor
 
 from library.errors import UserError
 from library.files import TensorFile, read_tensors
+from library.models.deferred import DeferredModule
 from library.models.detect import PARTS, weight_file
 from library.models.ldm_file import split_checkpoint
 from library.models.ldm_keys import text_from_sd1, vae_from_folder
@@ -54,6 +55,8 @@ def with_exact_parts(model: StableDiffusion) -> StableDiffusion:
         for part, weights in originals.items()
         if (found := _unrounded(getattr(model, part).state_dict(), weights)) is not None
     }
+    if "vae" in exact:
+        exact["deferred_vae"] = DeferredModule.of(exact.pop("vae"))
     return replace(model, **exact)
 
 

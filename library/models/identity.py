@@ -4,19 +4,26 @@ import hashlib
 from typing import TYPE_CHECKING, Final
 
 if TYPE_CHECKING:
-    from torch import nn
+    from collections.abc import Mapping
+
+    from torch import Tensor, nn
 
 _VALUES: Final = 64
 """Values taken from each tensor, evenly spread: reading all of a model would take as long as loading it."""
 
 
-def frozen_digest(module: "nn.Module") -> str:
-    """BLAKE2b, 64 bits in hexadecimal, of a sample of every tensor of ``module`` that is not trained."""
+def frozen_digest(module: "nn.Module", weights: "Mapping[str, Tensor] | None" = None) -> str:
+    """BLAKE2b, 64 bits in hexadecimal, of a sample of every tensor of ``module`` that is not trained.
+
+    Args:
+        module: The module.
+        weights: Its weights, where it has not taken them yet.
+    """
     import torch
 
     trained = {name for name, parameter in module.named_parameters() if parameter.requires_grad}
     digest = hashlib.blake2b(digest_size=8)
-    for name, tensor in sorted(module.state_dict().items()):
+    for name, tensor in sorted((module.state_dict() if weights is None else weights).items()):
         if name in trained:
             continue
         values = tensor.detach().flatten()

@@ -5,7 +5,7 @@ Latents here are the VAE's own: the U-Net sees them multiplied by ``Variant.late
 
 import hashlib
 import logging
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any
 from weakref import WeakSet
@@ -66,13 +66,17 @@ def _wide(vae: Any) -> Iterator[None]:
         vae.to(dtype)
 
 
-def encoder_digest(vae: Any) -> str:
+def encoder_digest(vae: Any, weights: Mapping[str, Tensor] | None = None) -> str:
     """BLAKE2b, 64 bits in hexadecimal, of what decides :func:`encode_images`: weights, precision and tiling.
 
     The decoder is left out, so that VAEs that differ in it alone, as SD's improved ones do, share their latents.
+
+    Args:
+        vae: An ``AutoencoderKL``.
+        weights: Its weights, where it has not taken them yet.
     """
     digest = hashlib.blake2b(b"tiled" if vae.use_tiling else b"", digest_size=8)
-    for name, tensor in sorted(vae.state_dict().items()):
+    for name, tensor in sorted((vae.state_dict() if weights is None else weights).items()):
         if name.startswith(("encoder.", "quant_conv.")):
             digest.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}".encode())
             digest.update(tensor.detach().cpu().flatten().view(torch.uint8).numpy().data)

@@ -1,7 +1,8 @@
 """Build the modules of a model from a configuration and weights, without holding the weights twice.
 
-A module is made on the meta device, where it costs nothing, and takes the given tensors as its parameters. Modules are
-in evaluation mode and want no gradient: what trains them says so.
+A module is made on the meta device, where it costs nothing, and takes the given tensors as its parameters, the VAE when
+it is first used. Modules are in evaluation mode and want no gradient: what trains them says so. Names and shapes of
+weights are checked at once; ``tensors`` is emptied on the way.
 """
 
 import math
@@ -12,6 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from library.errors import UserError
+from library.models.deferred import DeferredModule
 from library.models.structure import Config
 
 _SHOWN: Final = 3
@@ -29,35 +31,37 @@ _TEXT_FIELDS: Final = (
 
 
 def build_unet(config: Config, tensors: dict[str, Tensor], *, dtype: torch.dtype, where: str) -> Any:
-    """A ``UNet2DConditionModel`` with ``tensors`` as its weights; see :func:`_fill`."""
+    """A ``UNet2DConditionModel`` with ``tensors`` as its weights."""
     from diffusers import UNet2DConditionModel
 
-    return _build("U-Net", UNet2DConditionModel.from_config, config, tensors, dtype, where)
+    return _prepare("U-Net", UNet2DConditionModel.from_config, config, tensors, dtype, where).module
 
 
-def build_vae(config: Config, tensors: dict[str, Tensor], *, dtype: torch.dtype, where: str) -> Any:
-    """An ``AutoencoderKL`` with ``tensors`` as its weights; see :func:`_fill`."""
+def prepare_vae(config: Config, tensors: dict[str, Tensor], *, dtype: torch.dtype, where: str) -> DeferredModule:
+    """An ``AutoencoderKL`` that takes ``tensors`` as its weights when it is first used."""
     from diffusers import AutoencoderKL
 
-    return _build("VAE", AutoencoderKL.from_config, config, tensors, dtype, where)
+    return _prepare("VAE", AutoencoderKL.from_config, config, tensors, dtype, where)
 
 
 def build_text_encoder(config: Config, tensors: dict[str, Tensor], *, dtype: torch.dtype, where: str) -> Any:
-    """A ``CLIPTextModel`` with ``tensors`` (flat names) as its weights; see :func:`_fill`."""
+    """A ``CLIPTextModel`` with ``tensors`` (flat names) as its weights."""
     from transformers import CLIPTextConfig, CLIPTextModel
 
     def make(config: Config) -> Any:
         # Nothing else: a configuration may name a hub repository whose code transformers would fetch and run.
         return CLIPTextModel(CLIPTextConfig(**{name: config[name] for name in _TEXT_FIELDS if name in config}))
 
-    module = _build("text encoder", make, config, tensors, dtype, where)
+    module = _prepare("text encoder", make, config, tensors, dtype, where).module
     # The only buffer of the three modules, a constant that is in no file.
     positions = module.embeddings.position_embedding.num_embeddings
     module.embeddings.position_ids = torch.arange(positions).expand(1, -1)
     return module
 
 
-def _build(part: str, make: Any, config: Config, tensors: dict[str, Tensor], dtype: torch.dtype, where: str) -> Any:
+def _prepare(
+    part: str, make: Any, config: Config, tensors: dict[str, Tensor], dtype: torch.dtype, where: str
+) -> DeferredModule:
     _check_size(config, len(tensors), part, where)
     try:
         with torch.device("meta"):
@@ -68,8 +72,8 @@ def _build(part: str, make: Any, config: Config, tensors: dict[str, Tensor], dty
             where=where,
             remedy="Check config.json, or use an unchanged copy of the model.",
         ) from error
-    _fill(module, tensors, part=part, dtype=dtype, where=where)
-    return module.eval().requires_grad_(False)
+    weights = _fitting(module, tensors, part=part, where=where)
+    return DeferredModule(module.eval().requires_grad_(False), weights, dtype)
 
 
 def _check_size(config: Config, weights: int, part: str, where: str) -> None:
@@ -96,8 +100,8 @@ def _numbers(value: object) -> list[int]:
     return [value] if isinstance(value, int) else []
 
 
-def _fill(module: nn.Module, tensors: dict[str, Tensor], *, part: str, dtype: torch.dtype, where: str) -> None:
-    """Make ``tensors`` the weights of ``module``, in ``dtype``; ``tensors`` is emptied on the way.
+def _fitting(module: nn.Module, tensors: dict[str, Tensor], *, part: str, where: str) -> dict[str, Tensor]:
+    """``tensors`` in the shapes of the weights of ``module``; ``tensors`` is empty afterwards.
 
     Raises:
         UserError: Names or shapes are not the module's; a few are named.
@@ -110,7 +114,7 @@ def _fill(module: nn.Module, tensors: dict[str, Tensor], *, part: str, dtype: to
         # A 1x1 convolution and a matrix hold the same numbers.
         if tensor.shape != shape and _without_ones(tensor.shape) == _without_ones(shape):
             tensor = tensor.reshape(shape)
-        ready[name] = tensor.to(dtype)
+        ready[name] = tensor
     wrong = [f"{name} is {tuple(ready[name].shape)}, not {tuple(expected[name])}" for name in expected
              if ready[name].shape != expected[name]]  # fmt: skip
     if wrong:
@@ -119,7 +123,7 @@ def _fill(module: nn.Module, tensors: dict[str, Tensor], *, part: str, dtype: to
             where=where,
             remedy="Check that the file belongs to this model and is a Stable Diffusion 1.x or 2.x model.",
         )
-    module.load_state_dict(ready, strict=True, assign=True)
+    return ready
 
 
 def _check_names(expected: Mapping[str, object], found: Mapping[str, object], part: str, where: str) -> None:

@@ -10,6 +10,7 @@ import torch
 from library.errors import Problem, raise_if_any
 from library.files import read_tensors
 from library.models import ldm_keys
+from library.models.deferred import DeferredModule
 from library.models.detect import (
     PARTS,
     SourceFacts,
@@ -25,7 +26,7 @@ from library.models.hub import fetch_model, fetch_vae
 from library.models.ldm_file import PartWeights, split_checkpoint, vae_of_checkpoint
 from library.models.options import ModelOptions, PromptOptions
 from library.models.origin import Origin, origin_of
-from library.models.parts import build_text_encoder, build_unet, build_vae
+from library.models.parts import build_text_encoder, build_unet, prepare_vae
 from library.models.recognise import MODEL_FLAG, VAE_FLAG, checkpoint_family
 from library.models.tokenizer import has_tokenizer, load_tokenizer, read_tokenizer, tokenizer_folders
 from library.models.variant import Family, Variant, variant_of
@@ -40,7 +41,8 @@ class StableDiffusion:
     Attributes:
         tokenizer: A ``CLIPTokenizer``.
         text_encoder: A ``CLIPTextModel`` (flat: no ``text_model`` inside).
-        vae: An ``AutoencoderKL``.
+        deferred_vae: The VAE, which takes its weights when :attr:`vae` is first asked for: a run on cached latents that
+            shows no previews never does.
         unet: A ``UNet2DConditionModel``.
         variant: What kind of Stable Diffusion it is.
         source: The file's or folder's name, or the hub id: never a path.
@@ -50,12 +52,17 @@ class StableDiffusion:
 
     tokenizer: Any
     text_encoder: Any
-    vae: Any
+    deferred_vae: DeferredModule
     unet: Any
     variant: Variant
     source: str
     origin: Origin | None = None
     zero_terminal_snr: bool = False
+
+    @property
+    def vae(self) -> Any:
+        """The VAE, an ``AutoencoderKL``."""
+        return self.deferred_vae.module
 
 
 def load_stable_diffusion(
@@ -69,7 +76,7 @@ def load_stable_diffusion(
     """Load the base model, with the VAE replaced where ``--vae`` says so.
 
     Weights that are in ``dtype`` already are used where they lie (a ``.safetensors`` file is mapped, not read), so a
-    model needs little more memory than its own size.
+    model needs little more memory than its own size. The VAE takes its weights when it is first used.
 
     Args:
         model: Where the model is and what it is.
@@ -105,7 +112,9 @@ def load_stable_diffusion(
         tokenizer=_tokenizer(facts, prompts, family, vocabulary),
         text_encoder=text_encoder,
         # Some VAEs overflow in 16 bits.
-        vae=build_vae(vae.config, vae.tensors, dtype=torch.float32 if model.no_half_vae else dtype, where=vae_where),
+        deferred_vae=prepare_vae(
+            vae.config, vae.tensors, dtype=torch.float32 if model.no_half_vae else dtype, where=vae_where
+        ),
         unet=build_unet(unet.config, unet.tensors, dtype=unet_dtype or dtype, where=where),
         variant=variant_of(v2=model.v2, v_parameterization=model.v_parameterization, text_width=width),
         source=facts.name,
@@ -119,12 +128,12 @@ def load_stable_diffusion(
 def _settle(loaded: StableDiffusion, model: ModelOptions) -> None:
     """Set how the modules compute, which changes their results little or not at all."""
     if model.vae_slicing:
-        loaded.vae.enable_slicing()
+        loaded.deferred_vae.structure.enable_slicing()
     if model.vae_tiling:
-        loaded.vae.enable_tiling()
+        loaded.deferred_vae.structure.enable_tiling()
     if model.channels_last:
-        for part in (loaded.unet, loaded.vae):
-            part.to(memory_format=torch.channels_last)
+        loaded.unet.to(memory_format=torch.channels_last)
+        loaded.deferred_vae.memory_format = torch.channels_last
 
 
 def _read_file(facts: SourceFacts, model: ModelOptions) -> dict[str, PartWeights]:
@@ -184,7 +193,7 @@ def _mismatches(model: StableDiffusion, where: str, vae_where: str) -> list[Prob
                 f"the U-Net reads text {context} wide, and the text encoder writes {width}", where, "Use a whole model."
             )
         )
-    channels = model.vae.config.latent_channels
+    channels = model.deferred_vae.structure.config.latent_channels
     if channels != model.unet.config.out_channels:
         problems.append(
             Problem(

@@ -7,6 +7,7 @@ import sys
 import threading
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -19,6 +20,7 @@ from finetune.vae_loading import load_vae
 from library.data.images import ImageView, LoadedImage, load_image
 from library.errors import UserError
 from library.models.latents import encode_images, encoder_digest
+from library.models.model_saving import save_model
 from library.models.options import ModelOptions, PromptOptions
 from library.models.stable_diffusion import load_stable_diffusion
 from tests.fresh import forget_accelerate
@@ -108,7 +110,7 @@ def test_training_uses_the_latents_without_encoding(
     plain = run_script(script, tmp_path / "without", *given)
 
     used: list[str] = []
-    move, encode = AutoencoderKL.to, AutoencoderKL.encode
+    move, encode, load = AutoencoderKL.to, AutoencoderKL.encode, AutoencoderKL.load_state_dict
 
     def watched_move(vae: AutoencoderKL, *where: object, **more: object) -> AutoencoderKL:
         if "device" in more or any(isinstance(one, torch.device | str) for one in where):
@@ -119,23 +121,35 @@ def test_training_uses_the_latents_without_encoding(
         used.append("encoded")
         return encode(vae, *given, **more)
 
+    def watched_load(vae: AutoencoderKL, *given: object, **more: object) -> object:
+        used.append("loaded")
+        return load(vae, *given, **more)
+
+    def watched_save(*given: Any, **more: Any) -> None:
+        used.append("saving")
+        save_model(*given, **more)
+
     monkeypatch.setattr(AutoencoderKL, "to", watched_move)
+    monkeypatch.setattr(AutoencoderKL, "load_state_dict", watched_load)
+    monkeypatch.setattr("library.full_model.save_model", watched_save)
     monkeypatch.setattr(AutoencoderKL, "encode", watched_encode)
     again = run_script(script, tmp_path / "with", *given)
     assert (again.code, again.losses) == (0, plain.losses)
-    # Not even put on the device.
-    assert used == []
+    # It is not even loaded, but for the sake of the file that is to hold it.
+    expected = ["saving", "loaded"] if script == "fine_tune" else []
+    assert used == expected
     assert latents(images) == made
     # Nor are the images needed any more.
     kept = {image: image.read_bytes() for image in images.glob("*.png")}
     for image in kept:
         image.unlink()
+    used.clear()
     assert run_script(script, tmp_path / "alone", *given).code == 0
-    assert used == []
+    assert used == expected
     for image, content in kept.items():
         image.write_bytes(content)
     assert run_script(script, tmp_path / "mirrored", *given, "--flip_aug").code == 0
-    assert set(used) == {"moved", "encoded"}
+    assert {"loaded", "moved", "encoded"} <= set(used)
 
 
 def test_as_many_threads_decode_as_are_asked_for(model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
