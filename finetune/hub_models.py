@@ -4,7 +4,8 @@ from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Final
 
-from library.errors import UserError, first_line
+from library.errors import Problem
+from library.models.hub import fetch_files
 
 _GENERAL: Final = frozenset(
     (
@@ -26,6 +27,9 @@ NO_CODE: Final = {"local_files_only": True, "attn_implementation": "eager"}
 
 _WEIGHTS: Final = ("model.safetensors", "model.safetensors.index.json", "pytorch_model.bin")
 """Files of weights, best first."""
+
+
+_NOTHING: Final = Problem("this hub model has not the files that are needed", remedy="Check the hub id.")
 
 
 def model_folder(source: str, *, flag: str) -> Path:
@@ -59,45 +63,5 @@ def tokenizer_files(names: Iterable[str]) -> list[str]:
 
 
 def fetch(repository: str, choose: Callable[[Iterable[str]], list[str]], *, flag: str) -> Path:
-    """The local folder with the files that ``choose`` picks from a repository of the hub.
-
-    Raises:
-        UserError: No such model, no access, no connection, or nothing to pick.
-    """
-    from huggingface_hub import HfApi, hf_hub_download
-    from huggingface_hub.errors import GatedRepoError, HFValidationError, HTTPError, RepositoryNotFoundError
-
-    where = f"{flag} {repository}"
-    try:
-        wanted = choose(file.rfilename for file in HfApi().model_info(repository).siblings or ())
-        if not wanted:
-            raise UserError("this hub model has not the files that are needed", where=where, remedy="Check the hub id.")
-        # All files lie in one folder, that of the repository's newest state.
-        return [Path(hf_hub_download(repository, name)) for name in wanted][0].parent
-    except GatedRepoError as error:
-        raise UserError(
-            f"access to {repository} has to be granted first",
-            where=where,
-            remedy="Accept its terms on its page at the hub, then log in with: hf auth login",
-        ) from error
-    except (RepositoryNotFoundError, HFValidationError) as error:
-        raise UserError(
-            f"no folder {repository}, and no such model on the hub (or it is private)",
-            where=where,
-            remedy="Check the path or the hub id; for a private model log in with: hf auth login",
-        ) from error
-    except (OSError, HTTPError) as error:
-        return _from_cache(repository, where, error)
-
-
-def _from_cache(repository: str, where: str, cause: Exception) -> Path:
-    from huggingface_hub import snapshot_download
-
-    try:
-        return Path(snapshot_download(repository, local_files_only=True))
-    except OSError:
-        raise UserError(
-            f"there is no folder {repository}, and the hub cannot be reached to look for it ({first_line(cause)})",
-            where=where,
-            remedy="Check the path, or connect to the internet once: what was downloaded before is used without it.",
-        ) from cause
+    """The local folder with the files that ``choose`` picks; see :func:`library.models.hub.fetch_files`."""
+    return fetch_files(repository, choose, flag=flag, unusable=lambda _: _NOTHING)

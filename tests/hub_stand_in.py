@@ -268,6 +268,8 @@ class _Handler(BaseHTTPRequestHandler):
         if what[0] == "paths-info":
             paths = parse_qs(body.decode())["paths"]
             return 200, [self._facts(repo, path) for path in paths if path in repo.files], {}
+        if what[0] == "tree":
+            return 200, [self._facts(repo, path) for path in repo.files], {}
         return 404, {"error": "unknown address"}, {}
 
     def _create(self, asked: dict[str, Any]) -> tuple[int, Any, dict[str, str]]:

@@ -2,13 +2,14 @@
 
 from pathlib import Path
 
+from library.models import hub
 from library.models.detect import PARTS, describe_vae, local_path, vae_folder, weight_file
 from library.models.recognise import MODEL_FLAG
 
 
 def model_files(source: str) -> dict[str, Path]:
     """The files of the base model at ``source``, a path or a hub id, by their names in it."""
-    path = local_path(source, MODEL_FLAG) or _downloaded(source)
+    path = local_path(source, MODEL_FLAG) or hub.downloaded(source, hub.model_files)
     if path is None or path.is_file():
         return {} if path is None else {path.name: path}
     found = [path / "scheduler" / "scheduler_config.json"]
@@ -20,18 +21,8 @@ def model_files(source: str) -> dict[str, Path]:
 
 def vae_files(source: str) -> dict[str, Path]:
     """The same for a VAE that replaces the model's own."""
-    path = describe_vae(source) or _downloaded(source)
+    path = describe_vae(source) or hub.downloaded(source, hub.vae_files)
     if path is None or path.is_file():
         return {} if path is None else {path.name: path}
     folder = vae_folder(path)
     return {file.name: file for file in (folder / "config.json", weight_file(folder, "vae")) if file.is_file()}
-
-
-def _downloaded(repository: str) -> Path | None:
-    """The folder of a hub model that was downloaded before; asks nobody."""
-    from huggingface_hub import snapshot_download
-
-    try:
-        return Path(snapshot_download(repository, local_files_only=True))
-    except (OSError, ValueError):
-        return None

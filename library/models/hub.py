@@ -1,9 +1,10 @@
 """Models on the Hugging Face hub: fetch the files that are needed, no others, into the hub's own cache."""
 
 from collections.abc import Callable, Iterable
+from dataclasses import replace
 from pathlib import Path
 
-from library.errors import UserError
+from library.errors import Problem, UserError, first_line
 from library.models.detect import PARTS, WEIGHT_FILES
 from library.models.recognise import MODEL_FLAG, VAE_FLAG
 
@@ -17,12 +18,12 @@ def fetch_model(repository: str) -> Path:
     Raises:
         UserError: No such model, no access, no connection, or nothing there in Diffusers' layout.
     """
-    return _fetch(repository, model_files, MODEL_FLAG)
+    return fetch_files(repository, model_files, flag=MODEL_FLAG, unusable=_no_parts)
 
 
 def fetch_vae(repository: str) -> Path:
     """The local folder of a VAE on the hub, at its root or below ``vae``; as :func:`fetch_model`."""
-    return _fetch(repository, vae_files, VAE_FLAG)
+    return fetch_files(repository, vae_files, flag=VAE_FLAG, unusable=_no_parts)
 
 
 def model_files(names: Iterable[str]) -> list[str]:
@@ -51,7 +52,24 @@ def _part_files(known: set[str], prefix: str, part: str) -> list[str]:
     return [config, weights[0]] if weights and config in known else []
 
 
-def _fetch(repository: str, choose: Callable[[Iterable[str]], list[str]], flag: str) -> Path:
+def fetch_files(
+    repository: str,
+    choose: Callable[[Iterable[str]], list[str]],
+    *,
+    flag: str,
+    unusable: Callable[[list[str]], Problem],
+) -> Path:
+    """The local folder with the files that ``choose`` picks from a repository of the hub.
+
+    Args:
+        repository: The hub id, ``owner/name``.
+        choose: The names of all its files -> those that are needed; none if it is of no use.
+        flag: The option that names it.
+        unusable: What is to be said of the names of all its files if it is of no use.
+
+    Raises:
+        UserError: No such model, no access, no connection, or nothing to pick.
+    """
     from huggingface_hub import HfApi, snapshot_download
     from huggingface_hub.errors import GatedRepoError, HFValidationError, HTTPError, RepositoryNotFoundError
 
@@ -61,7 +79,7 @@ def _fetch(repository: str, choose: Callable[[Iterable[str]], list[str]], flag: 
         names = [file.rfilename for file in HfApi().model_info(repository).siblings or ()]
         wanted = choose(names)
         if not wanted:
-            raise _unusable(names, where)
+            raise UserError.of([replace(unusable(names), where=where)])
         return Path(snapshot_download(repository, allow_patterns=wanted))
     except GatedRepoError as error:
         raise UserError(
@@ -76,29 +94,38 @@ def _fetch(repository: str, choose: Callable[[Iterable[str]], list[str]], flag: 
             remedy="Check the path or the hub id; for a private model log in with: hf auth login",
         ) from error
     except (OSError, HTTPError) as error:
-        return _from_cache(repository, where, error)
+        folder = downloaded(repository, choose)
+        if folder is not None:
+            return folder
+        raise UserError(
+            f"there is no file or folder {repository}, and the hub cannot be reached to look for it "
+            f"({first_line(error)})",
+            where=where,
+            remedy="Check the path, or connect to the internet once: what was downloaded before is used without it.",
+        ) from error
 
 
-def _from_cache(repository: str, where: str, cause: Exception) -> Path:
+def downloaded(repository: str, choose: Callable[[Iterable[str]], list[str]]) -> Path | None:
+    """The local folder of a hub model that was downloaded before, if what is needed of it is there; asks nobody.
+
+    Args:
+        repository: The hub id, ``owner/name``.
+        choose: As for :func:`fetch_files`.
+    """
     from huggingface_hub import snapshot_download
 
     try:
-        return Path(snapshot_download(repository, local_files_only=True))
-    except OSError:
-        raise UserError(
-            f"there is no file or folder {repository}, and the hub cannot be reached to look for it "
-            f"({str(cause).splitlines()[0] if str(cause) else type(cause).__name__})",
-            where=where,
-            remedy="Check the path, or connect to the internet once: what was downloaded before is used without it.",
-        ) from cause
+        # Without a pattern it would want every file that the repository has.
+        folder = Path(snapshot_download(repository, local_files_only=True, allow_patterns=[]))
+    except (OSError, ValueError):
+        return None
+    names = [path.relative_to(folder).as_posix() for path in folder.rglob("*") if path.is_file()]
+    return folder if choose(names) else None
 
 
-def _unusable(names: Iterable[str], where: str) -> UserError:
+def _no_parts(names: list[str]) -> Problem:
     files = sorted(name for name in names if name.endswith((".safetensors", ".ckpt")))
     if files:
-        return UserError(
-            "this hub model has no parts in Diffusers' layout",
-            where=where,
-            remedy=f"Download one of its files ({', '.join(files[:3])}) and give that file's path.",
-        )
-    return UserError("this hub model holds no weights", where=where, remedy="Check the hub id.")
+        remedy = f"Download one of its files ({', '.join(files[:3])}) and give that file's path."
+        return Problem("this hub model has no parts in Diffusers' layout", remedy=remedy)
+    return Problem("this hub model holds no weights", remedy="Check the hub id.")

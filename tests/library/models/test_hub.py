@@ -1,4 +1,4 @@
-"""The hub without a network: its two calls are replaced."""
+"""The hub without a network: its two calls are replaced, or a stand-in answers them."""
 
 from types import SimpleNamespace
 
@@ -13,8 +13,10 @@ from huggingface_hub.errors import (
 )
 
 from library.errors import UserError
+from library.models import contents
 from library.models.hub import fetch_model, fetch_vae, model_files, vae_files
 from library.models.options import ModelOptions, PromptOptions
+from tests.hub_stand_in import TOKEN, Repo, running, used_by_this_process
 
 NAMES = [
     "README.md",
@@ -103,8 +105,32 @@ def test_a_fetched_model_must_agree_with_the_flags(hub, tiny_folder):
 @pytest.mark.parametrize("failure", [OfflineModeIsEnabled("offline"), HTTPError("Name or service not known")])
 def test_without_a_connection_the_cache_is_used(hub, tmp_path, failure):
     hub.failure, hub.folder = failure, tmp_path
+    for name in ("config.json", "diffusion_pytorch_model.safetensors"):
+        (tmp_path / name).touch()
     assert fetch_vae("owner/vae") == tmp_path
-    assert hub.asked == [("owner/vae", None, True)]
+    assert hub.asked == [("owner/vae", [], True)]
+    # Half a model, as a download leaves it that was broken off.
+    (tmp_path / "diffusion_pytorch_model.safetensors").unlink()
+    with pytest.raises(UserError, match="the hub cannot be reached"):
+        fetch_vae("owner/vae")
+
+
+def test_the_real_library_finds_a_model_again_without_a_connection(tiny_folder, tmp_path, monkeypatch):
+    """A repository holds more than a model needs, which the library then misses in its cache."""
+    folder = tiny_folder("sd1")
+    monkeypatch.setenv("HF_TOKEN", TOKEN)
+    with running() as stand_in, used_by_this_process(stand_in, str(tmp_path / "cache")):
+        files = {path.relative_to(folder).as_posix(): path.read_bytes() for path in folder.rglob("*.*")}
+        repo = Repo(private=False, files=files | {"sd15.ckpt": b"more", "README.md": b"words"})
+        repo.commits.append(("a" * 40, dict(repo.files)))
+        stand_in.repos["model", "owner/model"] = repo
+        fetched = fetch_model("owner/model")
+        asked = len(stand_in.requests)
+        huggingface_hub.constants.ENDPOINT = "http://127.0.0.1:9"
+        assert fetch_model("owner/model") == fetched
+        assert len(stand_in.requests) == asked
+        assert not (fetched / "sd15.ckpt").exists()
+        assert set(contents.model_files("owner/model")) == set(model_files(files)) - {"model_index.json"}
 
 
 def test_without_a_connection_and_cache_the_error_says_both(hub):
