@@ -21,7 +21,7 @@ from library.training.hub import uploads_to_hub
 from library.training.method import Hook, TrainingMethod
 from library.training.naming import END, OutputNames, SavePlan, SavePoint
 from library.training.optimizers import ResultWeights
-from library.training.previews import Previews
+from library.training.previews import Previews, preview_place
 from library.training.privacy import shown_path
 from library.training.progress import RunLength
 from library.training.prompt_files import PreviewPrompt
@@ -229,8 +229,8 @@ class Hooks:
 def _sweep(names: OutputNames) -> None:
     """Mend what a killed run of the same name left in the output folder."""
     sweep(names.folder, names.owns)
-    prefix = f"{names.name}_" if names.name else ""
-    sweep(names.folder / "sample", lambda name: name.startswith(prefix) and name.endswith(".png"))
+    previews, prefix = preview_place(names.folder, names.name)
+    sweep(previews, lambda name: name.startswith(prefix) and name.endswith(".png"))
 
 
 def _save(

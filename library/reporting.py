@@ -22,6 +22,7 @@ from library.training.charts import charts
 from library.training.clock import iso_date, now
 from library.training.environment import versions
 from library.training.history import RunHistory
+from library.training.previews import preview_place
 from library.training.privacy import Scrubber, model_name, shareable, shown_path
 from library.training.progress import RunLength
 from library.training.report import (
@@ -65,6 +66,7 @@ class RunReport:
         self._started, self._clock = now(), time.monotonic()
         self._length: RunLength | None = None
         self._start_step = 0
+        self._curves_begin = 0
         self._facts: tuple[tuple[str, str], ...] = ()
         self._speed: Speed | None = None
         self._results: Results = tuple
@@ -89,6 +91,12 @@ class RunReport:
         """
         self._length, self._start_step, self._speed, self._results = length, start_step, speed, results
         self._facts = tuple(facts)
+        if start_step and self.history is not None:
+            self._curves_begin = 0 if self.history.curves else start_step
+            folder = self._options.save.output_dir
+            assert folder is not None, "checked with the inputs"
+            place = preview_place(folder, self._options.save.output_name)
+            self.history.previews.add_files(*place, up_to=start_step)
 
     def __enter__(self) -> Self:
         """The report itself."""
@@ -141,13 +149,14 @@ class RunReport:
         total = f" of {self._length.total_steps:,}" if self._length is not None else ""
         done = f"{max(history.step, self._start_step):,}{total} steps"
         ending = {"finished": f"All {done} were done", "stopped": f"Stopped after {done}", "failed": f"After {done}"}
-        continued = (
-            f" The first {self._start_step:,} steps belong to an earlier part of the run, whose curves are not shown."
-            if self._start_step
-            else ""
-        )
         took = _duration(time.monotonic() - self._clock)
-        return f"{ending[outcome]}, in {took}; begun {iso_date(self._started).replace('T', ' ')}.{continued}"
+        return f"{ending[outcome]}, in {took}; begun {iso_date(self._started).replace('T', ' ')}.{self._earlier()}"
+
+    def _earlier(self) -> str:
+        if not self._start_step:
+            return ""
+        unknown = ", whose curves are not known" if self._curves_begin else ""
+        return f" The first {self._start_step:,} steps belong to an earlier part of the run{unknown}."
 
     def _summary(self, history: RunHistory) -> Iterable[tuple[str, str]]:
         options, runtime = self._options, self._runtime

@@ -11,6 +11,7 @@ from library.runtime import Runtime
 from library.training.ema import WeightAverage
 from library.training.fingerprint import Changes, changes
 from library.training.foreign_states import read_foreign
+from library.training.history import RunHistory
 from library.training.method import TrainingMethod
 from library.training.optimizer_kinds import OptimizerKind
 from library.training.optimizers import kind_of
@@ -40,6 +41,7 @@ class Progress:
         runtime: The processes.
         made_of: The fingerprint of options, data and model.
         average: The average of the weights, if one is kept.
+        history: What is logged, for the report, if one is made.
 
     Attributes:
         losses: The mean loss of the run.
@@ -54,6 +56,7 @@ class Progress:
         runtime: Runtime,
         made_of: Mapping[str, Any],
         average: WeightAverage | None = None,
+        history: RunHistory | None = None,
     ) -> None:
         self._method = method
         self._optimizer = optimizer
@@ -61,6 +64,7 @@ class Progress:
         self._scaler = runtime.accelerator.scaler
         self._made_of = made_of
         self._average = average
+        self._history = history
         self.losses = LossAverage()
         self.log: Mapping[str, str] = {}
 
@@ -122,6 +126,8 @@ class Progress:
         self.log = state.log
         if at == state.step:
             self.losses.load_state_dict(state.losses)
+            if self._history is not None:
+                self._history.load_state_dict(state.curves)
 
     def _has_same_schedule(self, state: TrainingState) -> bool:
         """Whether the run is as long as it was, with the same rates; tells where it is not."""
@@ -158,6 +164,7 @@ class Progress:
             ema_updates=self._average.updates if self._average is not None else 0,
             losses=self.losses.state_dict(),
             log=self.log,
+            curves=self._history.state_dict() if self._history is not None else {},
             fingerprint=self._made_of,
         )
 

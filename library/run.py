@@ -171,7 +171,13 @@ class _Run:
         images = self._images()
         learning = self._learning()
         progress = Progress(
-            self._method, learning.optimizer, learning.schedule, self._runtime, self._made_of(), learning.average
+            self._method,
+            learning.optimizer,
+            learning.schedule,
+            self._runtime,
+            self._made_of(),
+            learning.average,
+            report.history,
         )
         start_step = progress.resume(self._inputs.state, self._options.resume, self._length)
         hooks = self._hooks(images, learning, progress, report, manifest, start_step)

@@ -2,7 +2,7 @@
 
 import math
 from collections.abc import Mapping, Sequence
-from typing import TYPE_CHECKING, Final
+from typing import TYPE_CHECKING, Any, Final
 
 from library.training.preview_grid import PreviewGrid
 from library.training.prompt_files import PreviewPrompt
@@ -40,6 +40,15 @@ class Curve:
             self._points = [_mean(pair) for pair in pairs]
             self._width *= 2
 
+    def state_dict(self) -> dict[str, Any]:
+        """What :meth:`load_state_dict` goes on with."""
+        return {"points": self._points, "width": self._width, "open": self._open}
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        """Go on where ``state`` was taken."""
+        self._points, self._open = ([(float(at), float(y)) for at, y in state[name]] for name in ("points", "open"))
+        self._width = int(state["width"])
+
     @property
     def points(self) -> list[tuple[float, float]]:
         """Steps and values, in order."""
@@ -64,6 +73,15 @@ class RunHistory:
         self.curves: dict[str, Curve] = {}
         self.previews = PreviewGrid(prompts)
         self.step = 0
+
+    def state_dict(self) -> dict[str, Any]:
+        """The curves, for :meth:`load_state_dict`."""
+        return {tag: curve.state_dict() for tag, curve in self.curves.items()}
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        """Go on with the curves that ``state`` holds."""
+        for tag, points in state.items():
+            self.curves.setdefault(tag, Curve()).load_state_dict(points)
 
     def add(self, figures: Mapping[str, float], *, at: int, step: int) -> None:
         """Take in figures; those over epochs repeat what is known over steps."""

@@ -27,6 +27,11 @@ Show = Callable[[PreviewPrompt, "Image", int], None]
 """A prompt, its image and the number of finished steps."""
 
 
+def preview_place(output_dir: Path, output_name: str | None) -> tuple[Path, str]:
+    """The folder of a run's images, and what their names begin with."""
+    return output_dir / "sample", f"{output_name}_" if output_name else ""
+
+
 class Previews:
     """The hook that makes preview images.
 
@@ -58,8 +63,7 @@ class Previews:
         self._options = options.settled()
         self._prompts = prompts
         self._generate = generate
-        self._folder = output_dir / "sample"
-        self._prefix = f"{output_name}_" if output_name else ""
+        self._folder, self._prefix = preview_place(output_dir, output_name)
         self._seed = seed
         self._is_main = is_main
         self._show = show

@@ -35,6 +35,7 @@ SCALER: Final = "scaler.pt"
 EMA: Final = "ema.safetensors"
 PROGRESS: Final = "train_state.json"
 FINGERPRINT: Final = "fingerprint.json"
+CURVES: Final = "curves.json"
 
 _RANDOM: Final = "random_states_0.pkl"
 """Accelerate always writes it, and this program never does."""
@@ -62,6 +63,7 @@ class TrainingState:
         ema_updates: Optimizer steps that the average has taken in.
         losses: The mean loss so far, as :class:`library.training.tracking.LossAverage` keeps it.
         log: Where the run is logged, as :class:`library.training.tracking.Tracker` tells it.
+        curves: What has been logged, as :class:`library.training.history.RunHistory` keeps it for the report.
         fingerprint: What the run was made of, see :func:`library.training.fingerprint.fingerprint`.
     """
 
@@ -75,6 +77,7 @@ class TrainingState:
     ema_updates: int = 0
     losses: Mapping[str, Any] = field(default_factory=dict)
     log: Mapping[str, str] = field(default_factory=dict)
+    curves: Mapping[str, Any] = field(default_factory=dict)
     fingerprint: Mapping[str, Any] = field(default_factory=dict)
 
 
@@ -132,6 +135,8 @@ def _write_contents(folder: Path, state: TrainingState) -> None:
     place = {"current_epoch": state.epoch, "current_step": state.step}
     write_json(folder / PROGRESS, {**place, "saved_at": now(), "losses": state.losses, "log": state.log})
     write_json(folder / FINGERPRINT, state.fingerprint)
+    if state.curves:
+        write_json(folder / CURVES, state.curves)
     files = {
         path.name: {"size": path.stat().st_size, "sha256": sha256_of_file(path)} for path in sorted(folder.iterdir())
     }
@@ -330,6 +335,7 @@ def read_state(folder: Path) -> TrainingState:
         ema_updates=int(average.metadata[_EMA_UPDATES]) if average else 0,
         losses=progress.get("losses", {}),
         log=progress.get("log", {}),
+        curves=read_json(folder / CURVES),
         fingerprint=read_json(folder / FINGERPRINT),
     )
 

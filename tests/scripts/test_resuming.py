@@ -13,6 +13,7 @@ from safetensors.torch import load_file, save_file
 
 from library.errors import UserError
 from networks.training import NetworkTraining
+from tests.library.training.test_report import Page
 from tests.scripts.runs import Run, read_scalars, run_script, write_dataset
 from tests.scripts.test_train_network import arguments
 from tests.tiny import tiny_sd
@@ -325,6 +326,15 @@ def test_log_and_previews_go_on_as_if_nothing_had_happened(
         return sorted(path.name[:16] for path in (folder / "sample").glob("*.png"))
 
     assert previews(run.folder) == previews(whole.folder)
+
+    def reported(folder: Path) -> tuple[str, int, str]:
+        page = Page((folder / "thing-report.html").read_text(encoding="utf-8"))
+        curve = next(value for tag, name, value in page.attributes if name == "data-values" and tag == "polyline")
+        return curve, page.tags.count("img"), page.text
+
+    (curve, pictures, _), (known, shown, text) = reported(whole.folder), reported(run.folder)
+    assert (known, shown) == (curve, pictures)
+    assert "The first 3 steps belong to an earlier part of the run." in text
 
 
 def test_previews_that_a_stop_left_out_are_made_on_going_on(

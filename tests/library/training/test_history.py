@@ -1,3 +1,5 @@
+import json
+
 import pytest
 
 from library.training.charts import HEIGHT, WIDTH, Line, chart, charts
@@ -33,6 +35,19 @@ def test_figures_over_epochs_are_left_out():
     history.add({"loss/current": 0.5, "loss/epoch_average": 0.5, "loss/epoch": 0.5}, at=1, step=8)
     assert set(history.curves) == {"loss/current"}
     assert history.step == 8
+
+
+def test_a_history_goes_on_as_if_it_had_not_been_broken_off():
+    whole, first = RunHistory(()), RunHistory(())
+    for step in range(1, 4001):
+        (whole if step > 2001 else first).add({"loss/current": 1 / step}, at=step, step=step)
+        if step == 2001:
+            # Through a file.
+            whole.load_state_dict(json.loads(json.dumps(first.state_dict())))
+    straight = RunHistory(())
+    for step in range(1, 4001):
+        straight.add({"loss/current": 1 / step}, at=step, step=step)
+    assert whole.curves["loss/current"].points == straight.curves["loss/current"].points
 
 
 def curves(**values):
