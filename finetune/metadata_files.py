@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any, Final, TypeAlias
 
 from library.data.findings import warnings_of
-from library.data.metadata import read_metadata
+from library.data.metadata import is_json_lines, read_metadata
 from library.errors import UserError
 from library.files import sweep, write_text
 from library.options import near_remedy
@@ -42,7 +42,7 @@ def read_entries(path: Path) -> Metadata:
     for finding in warnings_of(findings):
         log.warning("%s", finding)
     text = path.read_bytes().decode("utf-8-sig")
-    if path.suffix.lower() != _LINES:
+    if not is_json_lines(path, text):
         return dict(json.loads(text))
     objects = [json.loads(line) for line in text.split("\n") if line.strip()]
     metadata: Metadata = {}

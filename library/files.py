@@ -1,6 +1,6 @@
 """Tensor files: read without running code, write whole or not at all, describe and hash.
 
-Reading never executes a pickle: ``.ckpt``, ``.pt`` and ``.bin`` go through ``torch.load(weights_only=True)``. Writing
+Reading never executes a pickle: ``.ckpt``, ``.pt`` and ``.bin`` go through :mod:`library.torch_files`. Writing
 goes to a temporary name in the same folder, is flushed to disk and renamed, so a file under its final name is complete.
 """
 
@@ -25,11 +25,11 @@ from library.tensor_headers import (
     DTYPE_NAMES,
     METADATA,
     HeaderError,
-    check_archive,
     check_tensors,
     is_archive,
     safetensors_header,
 )
+from library.torch_files import load_plain
 
 if TYPE_CHECKING:
     import torch
@@ -95,12 +95,7 @@ def _read_torch(path: Path, *, mapped: bool) -> TensorFile:
     import torch
 
     try:
-        check_archive(path)
-        # Stable Diffusion's first checkpoints name this class of their trainer; a name is all that is made of it.
-        with torch.serialization.safe_globals(
-            [(_Ignored, "pytorch_lightning.callbacks.model_checkpoint.ModelCheckpoint")]
-        ):
-            content = torch.load(str(path), map_location="cpu", weights_only=True, mmap=mapped)
+        content = load_plain(path, mapped=mapped)
     except pickle.UnpicklingError as error:
         raise UserError(
             "the file holds Python objects besides tensors, and loading them could run code",
@@ -134,10 +129,6 @@ def _unreadable_torch(path: Path, error: Exception) -> UserError:
         where=str(path),
         remedy="The file is damaged or not a model: download or save it again.",
     )
-
-
-class _Ignored:
-    """Stands for a class whose objects mean nothing here."""
 
 
 def read_metadata(path: Path) -> dict[str, str]:

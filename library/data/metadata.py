@@ -136,13 +136,14 @@ def read_metadata(path: Path) -> tuple[list[MetadataEntry], list[Finding]]:
     except OSError as mistake:
         return [], [error(f"the metadata file cannot be read: {mistake.strerror}", str(path), "Check the path.")]
     reader = _Reader(path, text)
-    is_lines = path.suffix.lower() == ".jsonl" or _begins_with_entry(text)
-    entries = list(reader.json_lines() if is_lines else reader.json_object())
+    entries = list(reader.json_lines() if is_json_lines(path, text) else reader.json_object())
     return entries, _shortened(reader.findings, path)
 
 
-def _begins_with_entry(text: str) -> bool:
-    """Whether the first line that is not blank is an entry of JSON Lines."""
+def is_json_lines(path: Path, text: str) -> bool:
+    """Whether ``text``, the content of the metadata file ``path``, is one object a line; see :func:`read_metadata`."""
+    if path.suffix.lower() == ".jsonl":
+        return True
     first = text.lstrip().split("\n", 1)[0]
     try:
         entry = load_json(first)

@@ -82,7 +82,7 @@ def _check_size(config: Config, weights: int, part: str, where: str) -> None:
     Raises:
         UserError: It does.
     """
-    counts = [max(_numbers(config.get(name)), default=1) for name in _LAYER_COUNTS]
+    counts = [max([1, *_numbers(config.get(name))]) for name in _LAYER_COUNTS]
     lists = [len(value) for value in config.values() if isinstance(value, list)]
     layers = math.prod(counts) * max(lists, default=1)
     if layers > weights:

@@ -2,6 +2,7 @@
 
 import pickletools
 import zipfile
+import zlib
 from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
 from typing import Final
@@ -21,6 +22,12 @@ MODEL_REMEDY: Final = (
 VAE_REMEDY: Final = (
     "Give a Stable Diffusion VAE: a checkpoint (whole or VAE only), a Diffusers .bin file or folder, or a hub id."
 )
+
+_DAMAGE: Final = (
+    *(OSError, ValueError, RuntimeError, RecursionError, MemoryError, NotImplementedError),
+    *(EOFError, zipfile.BadZipFile, zlib.error),
+)
+"""What a damaged archive, or the list of names in it, makes Python's readers raise."""
 
 Names = Mapping[str, tuple[int, ...]]
 """Weights by name; the shape is empty where the file doesn't tell it cheaply."""
@@ -52,7 +59,7 @@ def tensor_names(path: Path) -> dict[str, tuple[int, ...]]:
             (entry,) = [name for name in archive.namelist() if name.endswith("data.pkl")]
             listing = archive.read(entry)
         texts = [argument for opcode, argument, _ in pickletools.genops(listing) if "UNICODE" in opcode.name]
-    except (OSError, ValueError, zipfile.BadZipFile, RecursionError, MemoryError, NotImplementedError, RuntimeError):
+    except _DAMAGE:
         # What is wrong with it is said when it is loaded, before anything of it is used.
         return {}
     return {text: () for text in texts if isinstance(text, str)}

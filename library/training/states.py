@@ -19,7 +19,7 @@ from library.disk_space import room_for
 from library.documents import DocumentError, read_table
 from library.errors import Problem, UserError, raise_if_any
 from library.files import read_tensors, sha256_of_file, sync_folder, write_json, write_tensors, written_whole
-from library.tensor_headers import check_archive
+from library.torch_files import load_plain
 from library.training.clock import now
 
 if TYPE_CHECKING:
@@ -342,11 +342,8 @@ def read_state(folder: Path) -> TrainingState:
 
 def read_pickle(path: Path) -> dict[str, Any]:
     """A stored ``state_dict``; anything beyond tensors and plain values is refused."""
-    import torch
-
     try:
-        check_archive(path)
-        content = torch.load(str(path), map_location="cpu", weights_only=True)
+        content = load_plain(path)
         if not isinstance(content, dict):
             raise pickle.UnpicklingError("it is no state_dict")
     except Exception as error:  # whatever the bytes make the reader stumble over

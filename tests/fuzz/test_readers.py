@@ -34,6 +34,7 @@ def test_files_that_once_found_something(path: Path, folder: Path) -> None:
     """Kept as ``benchmarks/fuzz.py`` writes them: reader, digest, and name of the file."""
     words, _, name = path.name.split("-", 2)
     reader = words.replace("_", " ")
+    warm_up(READERS[reader], corpus(reader), folder)
     beside = Path(corpus(reader)[0].name).parent
     answer(READERS[reader], Case(str(beside / name), path.read_bytes()), folder)
 
