@@ -16,6 +16,7 @@ BASE = [
     "library.files",
     "library.scrubbing",
     "library.tensor_headers",
+    "library.torch_files",
 ]
 OPTIONS = [
     "library.options",
