@@ -27,7 +27,7 @@ if TYPE_CHECKING:
 
 DESCRIPTION = "Show rank, alpha, shapes and sizes of the numbers of every module in a LoRA file."
 FILE: Final = "file"
-_EXIT_NOT_FINITE: Final = 1
+_EXIT_UNSOUND: Final = 1
 _HEADER: Final = ("module", "rank", "alpha", "part", "shape", "mean |x|", "max |x|", "min |x|", "")
 
 
@@ -53,7 +53,7 @@ class Options:
 
 
 def main(argv: list[str]) -> int:
-    """Print the table; returns the exit code, 1 where a number is not finite."""
+    """Print the table; returns the exit code, 1 where something is missing or not finite."""
     words, rest = split_positions(Options, ["--show_all_keys" if word == "-s" else word for word in argv])
     given = [*name_positions(words, [FILE]), *rest]
     options = parse_options(Options, given, prog=f"{Path(__file__).name} {FILE}", description=DESCRIPTION)
@@ -68,12 +68,12 @@ def main(argv: list[str]) -> int:
     if options.source.show_all_keys:
         _print_others(tensors)
     if broken:
-        print(f"{broken} tensors hold values that are not finite")
-    return _EXIT_NOT_FINITE if broken else 0
+        print(f"{broken} tensors are missing or hold values that are not finite")
+    return _EXIT_UNSOUND if broken else 0
 
 
 def _print_modules(tensors: "Mapping[str, Tensor]") -> int:
-    """Print a table of the modules; returns how many of its tensors are not finite."""
+    """Print a table of the modules; returns how many of its tensors are missing or not finite."""
     names = sorted({name.removesuffix(part) for name in tensors for part in (DOWN, UP) if name.endswith(part)})
     rows = [row for name in names for row in _rows(name, tensors)]
     print(f"number of LoRA modules: {len(names)}")
@@ -88,7 +88,7 @@ def _rows(name: str, tensors: "Mapping[str, Tensor]") -> "Iterable[tuple[str, ..
     rank = "" if down is None else str(down.shape[0])
     shown = "none" if alpha is None else f"{float(alpha):g}"
     for part, tensor in (("down", down), ("up", up)):
-        figures = ("missing", "", "", "", "") if tensor is None else _figures(tensor)
+        figures = ("missing", "", "", "", "incomplete") if tensor is None else _figures(tensor)
         yield (name, rank, shown, part, *figures) if part == "down" else ("", "", "", part, *figures)
 
 
