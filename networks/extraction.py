@@ -119,7 +119,7 @@ def extract(
             where=f"{BASE_FLAG}, {TUNED_FLAG}",
             remedy="Give the model that was trained, and the one that its training started from.",
         )
-    report_kept(kept)
+    report_kept(kept, "a larger --dim keeps more, and so does --clamp_quantile=1")
     record = summary(changes, pair.version) | {"ss_network_dim": str(ranks.dim), "ss_network_alpha": str(ranks.dim)}
     metadata = record | (card(target, pair.version) if has_card else {})
     write_lora(target, changes, metadata, DTYPES[save_precision or "float"])

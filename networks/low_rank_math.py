@@ -69,7 +69,11 @@ class Decomposition:
     @classmethod
     def of_matrix(cls, matrix: Tensor) -> "Decomposition":
         """That of any matrix."""
-        return cls(*torch.linalg.svd(matrix, full_matrices=False))
+        if matrix.shape[0] >= matrix.shape[1]:
+            return cls(*torch.linalg.svd(matrix, full_matrices=False))
+        # Several times as fast as that of a wide matrix.
+        left, values, right = torch.linalg.svd(matrix.T, full_matrices=False)
+        return cls(right.T, values, left.T)
 
     @classmethod
     def of_product(cls, up: Tensor, down: Tensor, *, at_least: int) -> "Decomposition":
@@ -151,11 +155,16 @@ def dynamic_rank(values: Tensor, method: DynamicMethod, target: float) -> int:
 
 
 def clamped(up: Tensor, down: Tensor, quantile: float) -> tuple[Tensor, Tensor]:
-    """``up`` and ``down`` limited to plus and minus this quantile of all their values; as they are with 1."""
+    """``up`` and ``down`` limited to plus and minus this quantile of all their values; as they are with 1.
+
+    A decomposition leaves the sign of each rank open. The quantile is that of the values with either sign, so it does
+    not depend on the choice.
+    """
     if quantile >= 1:
         return up, down
+    sizes = torch.cat([up.flatten(), down.flatten()]).abs()
     # torch's own quantile takes 16 million values at the most.
-    limit = float(np.quantile(torch.cat([up.flatten(), down.flatten()]).cpu().numpy(), quantile))
+    limit = float(np.quantile(sizes.cpu().numpy(), max(2 * quantile - 1, 0.0)))
     return up.clamp(-limit, limit), down.clamp(-limit, limit)
 
 

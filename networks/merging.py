@@ -2,10 +2,10 @@
 
 import logging
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Final
 
 from library.errors import Problem, raise_if_any
 from networks.lora_files import (
@@ -32,6 +32,7 @@ log = logging.getLogger(__name__)
 Part = tuple["LowRank", float]
 Kept = tuple[float, float]
 """Squared Frobenius norms of what is kept of a change, and of the whole."""
+_NEARLY_ALL: Final = 0.995
 
 
 def check_sources(paths: Sequence[Path], *, v2: bool = False, same_ranks: bool = False) -> list[Contents]:
@@ -104,7 +105,8 @@ def merge_networks(
         change, kept = (whole, (1.0, 1.0)) if concat else best_of_rank(whole, parts[0][0].rank)
         return (shuffled(change, torch_generator(0, "shuffle", name)) if shuffle else change), kept
 
-    changes = each_layer(files, options, lambda _name, _number: 1.0, merged)
+    advice = "--concat keeps all of it, in a larger file"
+    changes = each_layer(files, options, lambda _name, _number: 1.0, merged, advice=advice)
     sources = [file.contents for file in files]
     precision = save_precision or options.precision
     write_merged(target, changes, sources, v2=v2, precision=precision, has_card=has_card)
@@ -116,6 +118,7 @@ def each_layer(
     weight: Callable[[str, int], float],
     merge: "Callable[[str, Sequence[Part]], tuple[LowRank, Kept]]",
     *,
+    advice: str,
     device: str = "cpu",
 ) -> "dict[str, LowRank]":
     """The merged change of every layer; says how much of the sum is kept.
@@ -125,6 +128,7 @@ def each_layer(
         options: Their strengths, and what their weights are rounded to.
         weight: Further strength of a module, by its name and the number of its file.
         merge: Makes one change of the module's parts, and says how much of their sum it keeps.
+        advice: How to keep more.
         device: Where to compute.
     """
     import torch
@@ -142,23 +146,22 @@ def each_layer(
             if name in file.changes
         ]
         changes[name], kept[name] = merge(name, parts)
-    report_kept(kept)
+    report_kept(kept, advice)
     return changes
 
 
-def report_kept(kept: "dict[str, Kept]") -> None:
-    """Say how much of all changes is kept, and of which the least."""
+def report_kept(kept: "Mapping[str, Kept]", advice: str) -> None:
+    """Say how much of all changes is kept, of which the least, and how to keep more where it is not nearly all."""
     shares = {name: math.sqrt(part / whole) for name, (part, whole) in kept.items() if whole > 0}
     if not shares:
         return
     part, whole = (sum(values) for values in zip(*kept.values(), strict=True))
-    least = min(shares, key=lambda name: shares[name])
+    share, least = math.sqrt(part / whole), min(shares, key=lambda name: shares[name])
     log.info(
-        "%.2f%% of the change is kept (Frobenius norm); least in %s: %.2f%%",
-        100 * math.sqrt(part / whole),
-        least,
-        100 * shares[least],
+        "%.2f%% of the change is kept (Frobenius norm); least in %s: %.2f%%", 100 * share, least, 100 * shares[least]
     )
+    if share < _NEARLY_ALL:
+        log.info("%s", advice)
 
 
 def write_merged(

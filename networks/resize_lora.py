@@ -129,7 +129,7 @@ def _resize(options: Options, source: Path) -> None:
     kept: dict[str, Kept] = {}
     for name, change in tqdm(file.changes.items(), desc="resizing"):
         changes[name], kept[name] = _resized(change.to(torch.float32, device), options.ranks, name)
-    report_kept(kept)
+    report_kept(kept, "a larger --new_rank keeps more")
     metadata = _metadata(file.contents.metadata, file.changes, changes, options.ranks)
     write_lora(options.result.save_to, changes, metadata, DTYPES[options.saved.save_precision or "float"])
 

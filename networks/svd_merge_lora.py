@@ -109,6 +109,7 @@ def _merge(options: Options) -> None:
         options.merged,
         lambda name, number: weight_of(name, weights[number]) if weights else 1.0,
         merged,
+        advice="a larger --new_rank keeps more",
         device=device,
     )
     write_merged(

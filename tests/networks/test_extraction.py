@@ -90,16 +90,17 @@ def test_a_smaller_rank_is_the_nearest(models, tmp_path):
 
 
 def test_numbers_are_limited_to_the_quantile(models, tmp_path):
-    """Of both matrices' values, by numpy."""
+    """Of both matrices' values with either sign, by numpy: signs of ranks are free in a decomposition."""
     whole, limited = tmp_path / "whole.safetensors", tmp_path / "limited.safetensors"
     extract(models, whole, "--dim", 2, "--clamp_quantile", 1)
     extract(models, limited, "--dim", 2, "--clamp_quantile", 0.9)
     before, after = load_file(whole), load_file(limited)
     for name in (TEXT, "lora_unet_mid_block_attentions_0_proj_in"):
         parts = [f"{name}.lora_{part}.weight" for part in ("up", "down")]
-        limit = np.quantile(np.concatenate([before[part].numpy().ravel() for part in parts]), 0.9)
+        values = np.concatenate([before[part].numpy().ravel() for part in parts])
+        limit = np.quantile(np.concatenate([values, -values]), 0.9)
         for part in parts:
-            torch.testing.assert_close(after[part], before[part].clamp(-limit, limit))
+            torch.testing.assert_close(after[part], before[part].clamp(-limit, limit), atol=1e-3, rtol=1e-2)
         assert any(not torch.equal(after[part], before[part]) for part in parts)
 
 
