@@ -18,7 +18,7 @@ from library.files import read_tensors  # noqa: E402
 from library.option_positions import missing_positions, name_positions, split_positions  # noqa: E402
 from library.options import option, parse_options  # noqa: E402
 from networks.adapter_files import ALPHA, DOWN, UP, require_lora  # noqa: E402
-from networks.lora_files import describe  # noqa: E402
+from networks.lora_contents import describe  # noqa: E402
 
 if TYPE_CHECKING:
     from torch import Tensor

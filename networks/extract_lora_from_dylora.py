@@ -6,7 +6,6 @@ OUT.safetensors`` writes ``OUT-0004.safetensors``, ``OUT-0008.safetensors`` and 
 
 import math
 import sys
-from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -19,7 +18,8 @@ from library.errors import Problem, UserError, run_script  # noqa: E402
 from library.options import option, parse_options  # noqa: E402
 from library.runtime import set_up_logging  # noqa: E402
 from library.runtime_options import ConsoleOptions  # noqa: E402
-from networks.lora_files import Contents, check_lora, describe, read_lora, summary, write_lora  # noqa: E402
+from networks.lora_contents import check_lora, describe  # noqa: E402
+from networks.lora_files import read_lora, stated_ranks, with_remark, write_lora  # noqa: E402
 from networks.tool_options import NetworkResultOptions, required  # noqa: E402
 
 if TYPE_CHECKING:
@@ -71,7 +71,8 @@ def main(argv: list[str]) -> int:
     dtype = next(iter(file.changes.values())).down.dtype
     for rank in range(unit, largest, unit):
         changes = {name: _first_ranks(change, rank) for name, change in file.changes.items()}
-        metadata = _metadata(file.contents, changes, largest, rank)
+        remark = with_remark(file.contents.metadata, f"split from DyLoRA, rank {largest} to {rank}")
+        metadata = {**file.contents.metadata, "ss_training_comment": remark, **stated_ranks(changes)}
         write_lora(target.with_name(f"{target.stem}-{rank:04d}{target.suffix}"), changes, metadata, dtype)
     return 0
 
@@ -85,18 +86,6 @@ def _first_ranks(change: "LowRank", rank: int) -> "LowRank":
 
     rank = min(rank, change.rank)
     return LowRank(change.down[:rank], change.up[:, :rank], change.alpha * math.sqrt(rank / change.rank))
-
-
-def _metadata(contents: Contents, changes: "Mapping[str, LowRank]", before: int, rank: int) -> dict[str, str]:
-    """What the file said of itself, with the new rank and a remark."""
-    comment = contents.metadata.get("ss_training_comment", "None")
-    remark = f"split from DyLoRA, rank {before} to {rank}"
-    made = {name: value for name, value in summary(changes, "sd_v1").items() if name in _NEW}
-    record = {"ss_training_comment": remark if comment in ("", "None") else f"{remark}; {comment}"}
-    return {**contents.metadata, **record, **made}
-
-
-_NEW = ("ss_network_dim", "ss_network_alpha")
 
 
 if __name__ == "__main__":

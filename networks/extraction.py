@@ -6,12 +6,12 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Final
 
-from library.errors import UserError, raise_if_any
+from library.errors import UserError, problems_of, raise_if_any
 from library.models.detect import SourceFacts
-from library.models.options import ModelOptions, PromptOptions
-from networks.lora_files import card, collected, summary, write_lora
+from library.models.options import ModelOptions
+from networks.lora_files import card, summary, write_lora
 from networks.merging import Kept, report_kept
-from networks.model_merging import described_model
+from networks.tool_models import described_model, loaded_model
 from networks.tool_options import usable_device
 
 if TYPE_CHECKING:
@@ -61,7 +61,7 @@ def check_models(base: str, tuned: str, *, v2: bool, v_parameterization: bool) -
     """
     found: list[tuple[SourceFacts, ModelOptions]] = []
     raise_if_any(
-        collected(
+        problems_of(
             [
                 lambda: found.append(described_model(base, BASE_FLAG, v2=v2)),
                 lambda: found.append(described_model(tuned, TUNED_FLAG, v2=v2)),
@@ -101,11 +101,11 @@ def extract(
     from tqdm import tqdm
 
     from library.models.precision import DTYPES
-    from library.models.stable_diffusion import load_stable_diffusion
 
     place = usable_device(device)
     dtype = DTYPES[load_precision or "float"]
-    base, tuned = (load_stable_diffusion(options, PromptOptions(), dtype=dtype) for options in (pair.base, pair.tuned))
+    base = loaded_model(pair.base, BASE_FLAG, dtype=dtype)
+    tuned = loaded_model(pair.tuned, TUNED_FLAG, dtype=dtype)
     layers = _differing_layers(base, tuned, ranks)
     changes: dict[str, LowRank] = {}
     kept: dict[str, Kept] = {}

@@ -5,7 +5,7 @@ import math
 from collections.abc import Iterable, Sequence
 from typing import Final
 
-from library.errors import Problem
+from library.errors import Problem, UserError
 from networks.block_weights import BLOCK_COUNT, MID_BLOCK, block_index
 
 _WITH_ATTENTION: Final = (1, 2, 4, 5, 7, 8, MID_BLOCK, *range(16, BLOCK_COUNT))
@@ -64,7 +64,11 @@ def left_out(names: Iterable[str], weights: Sequence[float]) -> list[str]:
 def _place(name: str, weights: Sequence[float]) -> int | None:
     if not name.startswith("lora_unet_"):
         return 0
-    block = block_index(name)
+    try:
+        block = block_index(name)
+    except UserError as error:
+        remedy = "Leave out --lbws for networks of such models."
+        raise UserError(error.problems[0].what, where="--lbws", remedy=remedy) from error
     if len(weights) == BLOCK_COUNT + 1:
         return 1 + block
     return 1 + _WITH_ATTENTION.index(block) if block in _WITH_ATTENTION else None

@@ -7,21 +7,9 @@ from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Final
 
-from library.errors import Problem, raise_if_any
-from networks.lora_files import (
-    Contents,
-    LoRAFile,
-    base_version_of,
-    card,
-    check_lora,
-    check_together,
-    collected,
-    describe,
-    of_each,
-    read_lora,
-    summary,
-    write_lora,
-)
+from library.errors import Problem, problems_of, raise_if_any
+from networks.lora_contents import Contents, check_lora, check_together, describe, of_each
+from networks.lora_files import LoRAFile, base_version_of, card, read_lora, summary, write_lora
 from networks.tool_options import MergedOptions
 
 if TYPE_CHECKING:
@@ -47,7 +35,7 @@ def check_sources(paths: Sequence[Path], *, v2: bool = False, same_ranks: bool =
         UserError: They are damaged, no LoRA, or cannot be merged with each other; all problems together.
     """
     sources = of_each(partial(describe, flag="--models"), paths)
-    raise_if_any(collected(partial(check_lora, contents) for contents in sources))
+    raise_if_any(problems_of(partial(check_lora, contents) for contents in sources))
     check_together(sources, same_ranks=same_ranks)
     raise_if_any([problem for contents in sources for problem in _v2_problems(contents, v2=v2)])
     return sources
@@ -61,7 +49,7 @@ def _v2_problems(contents: Contents, *, v2: bool) -> list[Problem]:
 
 
 def read_sources(options: MergedOptions, *, same_ranks: bool = False) -> list[LoRAFile]:
-    """Read the files to be merged, rounded to ``--precision``.
+    """Read the files to be merged.
 
     Raises:
         UserError: As :func:`check_sources`, for files whose headers did not tell.
@@ -106,7 +94,9 @@ def merge_networks(
         return (shuffled(change, torch_generator(0, "shuffle", name)) if shuffle else change), kept
 
     advice = "--concat keeps all of it, in a larger file"
-    changes = each_layer(files, options, lambda _name, _number: 1.0, merged, advice=advice)
+    changes = each_layer(
+        files, merged, precision=options.precision, strength=lambda _, number: options.factors[number], advice=advice
+    )
     sources = [file.contents for file in files]
     precision = save_precision or options.precision
     write_merged(target, changes, sources, v2=v2, precision=precision, has_card=has_card)
@@ -114,10 +104,10 @@ def merge_networks(
 
 def each_layer(
     files: Sequence[LoRAFile],
-    options: MergedOptions,
-    weight: Callable[[str, int], float],
     merge: "Callable[[str, Sequence[Part]], tuple[LowRank, Kept]]",
     *,
+    precision: str,
+    strength: Callable[[str, int], float],
     advice: str,
     device: str = "cpu",
 ) -> "dict[str, LowRank]":
@@ -125,9 +115,9 @@ def each_layer(
 
     Args:
         files: The files.
-        options: Their strengths, and what their weights are rounded to.
-        weight: Further strength of a module, by its name and the number of its file.
         merge: Makes one change of the module's parts, and says how much of their sum it keeps.
+        precision: What the weights are rounded to first.
+        strength: Strength of a module, by its name and the number of its file.
         advice: How to keep more.
         device: Where to compute.
     """
@@ -136,13 +126,13 @@ def each_layer(
 
     from library.models.precision import DTYPES
 
-    rounded = DTYPES[options.precision]
+    rounded = DTYPES[precision]
     changes: dict[str, LowRank] = {}
     kept: dict[str, Kept] = {}
     for name in tqdm(sorted({name for file in files for name in file.changes}), desc="merging"):
         parts = [
-            (file.changes[name].to(rounded).to(torch.float32, device), factor * weight(name, number))
-            for number, (file, factor) in enumerate(zip(files, options.factors, strict=True))
+            (file.changes[name].to(rounded).to(torch.float32, device), strength(name, number))
+            for number, file in enumerate(files)
             if name in file.changes
         ]
         changes[name], kept[name] = merge(name, parts)

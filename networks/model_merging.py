@@ -2,23 +2,24 @@
 
 import logging
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Final
 
-from library.errors import Problem, UserError, raise_if_any
+from library.errors import Problem, problems_of, raise_if_any
 from library.files import TORCH_SUFFIXES, read_metadata, read_tensors
-from library.models.detect import SourceFacts, describe_source, family_problems, weight_file
+from library.models.detect import SourceFacts, weight_file
 from library.models.formats import format_of_name, overwriting_problems, suffix_of
-from library.models.options import ModelOptions, PromptOptions
-from library.models.recognise import MODEL_FLAG
+from library.models.options import ModelOptions
 from library.training.clock import now
 from library.training.metadata import ModelFacts, modelspec
 from library.training.options import MetadataOptions
-from networks.adapter_files import kind_of
+from networks.adapter_files import ALPHA, kind_of
 from networks.loading import merge_weights
-from networks.lora_files import Contents, check_finite, check_lora, collected, describe, family_problem, of_each
+from networks.lora_contents import Contents, check_lora, describe, family_problem, of_each
+from networks.lora_files import check_finite
+from networks.tool_models import described_model, loaded_model
 from networks.tool_options import MergedOptions, required
 
 if TYPE_CHECKING:
@@ -40,23 +41,6 @@ def model_target_problems(source: str, target: Path | None) -> list[Problem]:
         what = f"{target.name} does not say which kind of file it is"
         return [Problem(what, "--save_to", "Let the name end in .safetensors or .ckpt, as the model is one file.")]
     return []
-
-
-def described_model(source: str, flag: str, *, v2: bool) -> tuple[SourceFacts, ModelOptions]:
-    """What the model at ``source`` is, and how it is loaded.
-
-    Raises:
-        UserError: It is not there or of another kind, or ``--v2`` contradicts it; told of the option ``flag``.
-    """
-    try:
-        facts = describe_source(source)
-        stated = facts.prediction == "v_prediction"
-        options = ModelOptions(pretrained_model_name_or_path=source, v2=v2, v_parameterization=stated)
-        raise_if_any(family_problems(facts, options))
-    except UserError as error:
-        told = [replace(one, where=(one.where or flag).replace(MODEL_FLAG, flag)) for one in error.problems]
-        raise UserError.of(told) from error
-    return facts, options
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -90,13 +74,13 @@ def check_merge(source: str, target: Path, merged: MergedOptions, *, v2: bool) -
     """
     found: list[tuple[SourceFacts, ModelOptions]] = []
     sources: list[Contents] = []
-    problems = collected(
+    problems = problems_of(
         [
             lambda: found.append(described_model(source, FLAG, v2=v2)),
             lambda: sources.extend(of_each(partial(describe, flag="--models"), merged.paths)),
         ]
     )
-    problems += collected(partial(check_mergeable, contents) for contents in sources)
+    problems += problems_of(partial(check_mergeable, contents) for contents in sources)
     path = found[0][0].path if found else None
     raise_if_any([*problems, *overwriting_problems(target, source=path, where=f"--save_to {target}")])
     ((facts, model),) = found
@@ -129,10 +113,9 @@ def merge_into_model(job: MergeJob, target: Path, *, save_precision: str | None,
     from library.models.exact_parts import in_source_precision
     from library.models.model_saving import save_model
     from library.models.precision import save_dtype
-    from library.models.stable_diffusion import load_stable_diffusion
     from networks.base import named_text_encoder
 
-    model = load_stable_diffusion(job.model, PromptOptions())
+    model = loaded_model(job.model, FLAG)
     merge_weights(_networks(job), named_text_encoder(model.text_encoder), model.unet)
     if target.exists():
         log.warning("%s exists and is replaced", target)
@@ -159,7 +142,8 @@ def _networks(job: MergeJob) -> "Iterator[tuple[Path, Mapping[str, Tensor], floa
         shapes = {name: tuple(tensor.shape) for name, tensor in file.tensors.items()}
         check_mergeable(Contents(path, shapes, file.metadata))
         check_finite(file.tensors, path)
-        yield path, {name: tensor.to(dtype) for name, tensor in file.tensors.items()}, factor
+        tensors = {name: t if name.endswith(ALPHA) else t.to(dtype) for name, t in file.tensors.items()}
+        yield path, tensors, factor
 
 
 def _version(job: MergeJob) -> str:

@@ -10,7 +10,7 @@ import sys
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Literal, cast
+from typing import TYPE_CHECKING, cast
 
 ROOT = Path(__file__).resolve().parent.parent
 if str(ROOT) not in sys.path:
@@ -20,8 +20,8 @@ from library.errors import Problem, run_script  # noqa: E402
 from library.options import option, parse_options  # noqa: E402
 from library.runtime import set_up_logging  # noqa: E402
 from library.runtime_options import ConsoleOptions  # noqa: E402
-from networks.adapter_files import is_pointwise_shape  # noqa: E402
-from networks.lora_files import check_lora, describe, read_lora, write_lora  # noqa: E402
+from networks.lora_contents import check_lora, describe  # noqa: E402
+from networks.lora_files import large_kernels, read_lora, with_remark, write_lora  # noqa: E402
 from networks.merging import Kept, report_kept  # noqa: E402
 from networks.tool_options import (  # noqa: E402
     DeviceOptions,
@@ -32,7 +32,7 @@ from networks.tool_options import (  # noqa: E402
 )
 
 if TYPE_CHECKING:
-    from networks.low_rank_math import Decomposition, LowRank
+    from networks.low_rank_math import Decomposition, DynamicMethod, LowRank
 
 log = logging.getLogger("resize_lora")
 
@@ -40,7 +40,6 @@ DESCRIPTION = (
     "Give a LoRA file for Stable Diffusion 1.x or 2.x another rank: the same for all layers, or for each the one that "
     "a target needs."
 )
-Method = Literal["sv_ratio", "sv_fro", "sv_cumulative"]
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -142,7 +141,7 @@ def _resized(change: "LowRank", ranks: RankOptions, name: str) -> "tuple[LowRank
     found = Decomposition.of_product(change.up.flatten(1), change.down.flatten(1), at_least=largest)
     rank = min(largest, found.values.numel())
     if ranks.dynamic_method is not None and ranks.dynamic_param is not None:
-        rank = min(rank, dynamic_rank(found.values, cast(Method, ranks.dynamic_method), ranks.dynamic_param))
+        rank = min(rank, dynamic_rank(found.values, cast("DynamicMethod", ranks.dynamic_method), ranks.dynamic_param))
     up, down = found.truncated(rank)
     if ranks.verbose:
         log.info("%s: %s", name, _shown(found, rank))
@@ -174,9 +173,8 @@ def _metadata(
         remark = f"dimension is resized from {old} to {ranks.new_rank}"
         alphas = {change.alpha for change in after.values() if change.rank == ranks.new_rank}
         dim, alpha = str(ranks.new_rank), str(alphas.pop()) if len(alphas) == 1 else "Dynamic"
-    comment = metadata.get("ss_training_comment", "None")
     record = {
-        "ss_training_comment": remark if comment in ("", "None") else f"{remark}; {comment}",
+        "ss_training_comment": with_remark(metadata, remark),
         "ss_network_dim": dim,
         "ss_network_alpha": alpha,
     }
@@ -189,9 +187,7 @@ def _arguments(metadata: Mapping[str, str], after: "Mapping[str, LowRank]") -> d
         arguments = json.loads(metadata.get("ss_network_args", ""))
     except ValueError:
         return {}
-    large = {
-        (change.rank, change.alpha) for change in after.values() if not is_pointwise_shape(tuple(change.down.shape))
-    }
+    large = {(change.rank, change.alpha) for change in large_kernels(after)}
     if not isinstance(arguments, dict) or "conv_dim" not in arguments or not large:
         return {}
     rank, alpha = map(str, large.pop()) if len(large) == 1 else ("Dynamic", "Dynamic")

@@ -104,11 +104,15 @@ def _merge(options: Options) -> None:
         whole = exact_sum(parts)
         return best_of_rank(whole, new_rank if is_pointwise_shape(tuple(whole.down.shape)) else conv_rank)
 
+    def strength(name: str, number: int) -> float:
+        ratio = options.merged.factors[number]
+        return ratio * weight_of(name, weights[number]) if weights else ratio
+
     changes = each_layer(
         files,
-        options.merged,
-        lambda name, number: weight_of(name, weights[number]) if weights else 1.0,
         merged,
+        precision=options.merged.precision,
+        strength=strength,
         advice="a larger --new_rank keeps more",
         device=device,
     )

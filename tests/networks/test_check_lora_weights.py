@@ -6,14 +6,7 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from tests.networks.tool_runs import CASES, LAYERS, PROJ, QUERY, TEXT, run, write_inputs
-
-
-@pytest.fixture
-def folder(tmp_path, monkeypatch):
-    write_inputs(tmp_path)
-    monkeypatch.chdir(tmp_path)
-    return tmp_path
+from tests.networks.tool_runs import CASES, LAYERS, PROJ, QUERY, TEXT, run
 
 
 def table(text: str) -> list[list[str]]:

@@ -14,7 +14,7 @@ from library.errors import UserError
 from library.files import read_metadata, read_tensors
 from library.option_fields import declarations
 from library.option_values import is_switch, is_variadic
-from tests.networks.tool_runs import LAYERS, QUERY, TEXT, TOOLS, assert_close, deltas, lora, run, write_inputs
+from tests.networks.tool_runs import LAYERS, QUERY, TEXT, TOOLS, assert_close, deltas, lora, run
 from tests.permissions import bound_by_permissions, read_only
 
 ROOT = Path(__file__).parents[2]
@@ -31,12 +31,9 @@ WRITING = [tool for tool in WORDS if tool != "check_lora_weights"]
 MERGING = ("merge_lora", "svd_merge_lora")
 
 
-@pytest.fixture
-def folder(tmp_path, monkeypatch):
-    write_inputs(tmp_path)
-    (tmp_path / "a.safetensors").rename(tmp_path / "good.safetensors")
-    monkeypatch.chdir(tmp_path)
-    return tmp_path
+@pytest.fixture(autouse=True)
+def good(folder):
+    (folder / "a.safetensors").rename(folder / "good.safetensors")
 
 
 def words(tool: str, file: object) -> list[str]:

@@ -22,7 +22,6 @@ from tests.networks.tool_runs import (
     deltas,
     run,
     sums,
-    write_inputs,
 )
 from tests.tiny import tiny_ldm, tiny_parts, tiny_sd
 
@@ -160,32 +159,30 @@ def test_models_of_other_structure_or_without_sense(models, tmp_path):
 # --- DyLoRA
 
 
-def test_the_smaller_ranks_of_a_dylora(tmp_path, monkeypatch):
-    write_inputs(tmp_path)
-    monkeypatch.chdir(tmp_path)
+def test_the_smaller_ranks_of_a_dylora(folder):
     case = CASES["dylora split"]
     assert run("extract_lora_from_dylora", *case["args"][1:]) == 0
-    assert sorted(path.name for path in tmp_path.glob("dy*")) == case["files"]
-    recorded, found = case["example"], read_tensors(tmp_path / "dy-0001.safetensors").tensors
+    assert sorted(path.name for path in folder.glob("dy*")) == case["files"]
+    recorded, found = case["example"], read_tensors(folder / "dy-0001.safetensors").tensors
     for name, tensor in found.items():
         facts = recorded["tensors"][name]
         assert list(tensor.shape) == facts["shape"]
         if not name.endswith(".alpha"):
             assert abs(float(tensor.norm()) - facts["norm"]) < 1e-4
-    record = read_metadata(tmp_path / "dy-0001.safetensors")
+    record = read_metadata(folder / "dy-0001.safetensors")
     theirs = recorded["metadata"] | {"ss_network_alpha": "2.0"}
     assert record | theirs == record
 
 
-def test_each_rank_is_as_strong_as_it_was_in_training(tmp_path):
+def test_each_rank_is_as_strong_as_it_was_in_training(folder):
     """Against the network of the training itself, held at the draw of one block."""
     parts = tiny_parts("sd1", layers_per_block=1)
     network = dylora.create_network(1.0, 8, 4.0, None, parts.text_encoder, parts.unet, unit="2")
     network.initialize(0)
     for module in network.modules_by_name().values():
         torch.nn.init.normal_(module.lora_up.weight, std=0.1)
-    network.save_weights(str(tmp_path / "dy.safetensors"), None, {})
-    words = ("--model", tmp_path / "dy.safetensors", "--unit", 2, "--save_to", tmp_path / "cut.safetensors")
+    network.save_weights(str(folder / "dy.safetensors"), None, {})
+    words = ("--model", folder / "dy.safetensors", "--unit", 2, "--save_to", folder / "cut.safetensors")
     run("extract_lora_from_dylora", *words)
     name = "lora_unet_mid_block_attentions_0_transformer_blocks_0_attn1_to_q"
     module = network.modules_by_name()[name]
@@ -193,29 +190,25 @@ def test_each_rank_is_as_strong_as_it_was_in_training(tmp_path):
     for rank in (2, 4, 6):
         with torch.no_grad():
             change = module._block_change(identity, slice(rank - 2, rank)).T
-        found = deltas(tmp_path / f"cut-{rank:04d}.safetensors")[name]
+        found = deltas(folder / f"cut-{rank:04d}.safetensors")[name]
         torch.testing.assert_close(found.float(), change, atol=1e-6, rtol=1e-5)
 
 
 @pytest.mark.parametrize(
     ("unit", "message"), [(4, "no smaller multiple"), (0, "at least 1"), (None, "--unit is missing")]
 )
-def test_steps_that_give_nothing(unit, message, tmp_path, monkeypatch):
-    write_inputs(tmp_path)
-    monkeypatch.chdir(tmp_path)
+def test_steps_that_give_nothing(unit, message, folder):
     words = ["--unit", unit] if unit is not None else []
     with pytest.raises(UserError, match=message):
         run("extract_lora_from_dylora", "--model", "a.safetensors", "--save_to", "dy.safetensors", *words)
-    assert not list(tmp_path.glob("dy*"))
+    assert not list(folder.glob("dy*"))
 
 
-def test_number_format_and_remarks_are_kept(tmp_path, monkeypatch):
-    write_inputs(tmp_path)
-    monkeypatch.chdir(tmp_path)
+def test_number_format_and_remarks_are_kept(folder):
     save_file({name: tensor.half() for name, tensor in load_file("a.safetensors").items()}, "half.safetensors")
     run("extract_lora_from_dylora", "--model", "half.safetensors", "--unit", 2, "--save_to", "dy.pt")
-    found = read_tensors(tmp_path / "dy-0002.pt").tensors
+    found = read_tensors(folder / "dy-0002.pt").tensors
     assert {tensor.dtype for tensor in found.values()} == {torch.float16}
     assert found[f"{QUERY}.lora_down.weight"].shape[0] == 2
     assert len(LAYERS) * 3 == len(found)
-    assert sums(tmp_path, a=1).keys() == deltas(tmp_path / "dy-0002.pt").keys()
+    assert sums(folder, a=1).keys() == deltas(folder / "dy-0002.pt").keys()

@@ -20,15 +20,7 @@ from tests.networks.tool_runs import (
     run,
     run_case,
     sums,
-    write_inputs,
 )
-
-
-@pytest.fixture
-def folder(tmp_path, monkeypatch):
-    write_inputs(tmp_path)
-    monkeypatch.chdir(tmp_path)
-    return tmp_path
 
 
 def merge(*words):

@@ -178,7 +178,7 @@ def test_what_has_no_effect_is_told(inputs, tmp_path, capfd):
 )
 def test_mistakes_are_told_before_the_model_is_loaded(words, message, inputs, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
-    monkeypatch.setattr("library.models.stable_diffusion.load_stable_diffusion", None)
+    monkeypatch.setattr("networks.model_merging.loaded_model", None)
     with pytest.raises(UserError, match=message) as caught:
         run("merge_lora", *words.replace("IN", str(inputs)).split())
     assert "--pretrained_model_name_or_path" not in str(caught.value)

@@ -23,17 +23,9 @@ from tests.networks.tool_runs import (
     run,
     run_case,
     sums,
-    write_inputs,
 )
 
 LABELS = [label for label in CASES if label.startswith("resize")]
-
-
-@pytest.fixture
-def folder(tmp_path, monkeypatch):
-    write_inputs(tmp_path)
-    monkeypatch.chdir(tmp_path)
-    return tmp_path
 
 
 def resize(*words):

@@ -3,6 +3,8 @@
 import json
 
 import pytest
+import torch
+from safetensors.torch import save_file
 
 from library.errors import UserError
 from library.files import read_metadata, read_tensors
@@ -14,21 +16,14 @@ from tests.networks.tool_runs import (
     assert_close,
     best,
     deltas,
+    lora,
     metadata_as_recorded,
     run,
     run_case,
     sums,
-    write_inputs,
 )
 
 LABEL = "svd merge rank 4 conv 2"
-
-
-@pytest.fixture
-def folder(tmp_path, monkeypatch):
-    write_inputs(tmp_path)
-    monkeypatch.chdir(tmp_path)
-    return tmp_path
 
 
 def nearest(whole, rank, conv_rank):
@@ -86,9 +81,6 @@ def test_26_strengths_name_every_block(folder, capfd):
 
 
 def test_17_strengths_say_what_they_do_not_name(folder, capfd):
-    import torch
-    from safetensors.torch import save_file
-
     name = "lora_unet_down_blocks_0_downsamplers_0_conv"
     save_file(
         {f"{name}.lora_down.weight": torch.ones(1, 2, 3, 3), f"{name}.lora_up.weight": torch.ones(2, 1, 1, 1)},
@@ -134,3 +126,11 @@ def test_a_device_that_is_not_there(folder):
     with pytest.raises(UserError, match="cannot be used"):
         run("svd_merge_lora", *["--models", "a.safetensors", "--save_to", "o.pt", "--device", "nonsense"])
     run("svd_merge_lora", *["--models", "a.safetensors", "--save_to", "o.pt", "--device", "cpu"])
+
+
+def test_strengths_by_block_need_the_blocks_of_sd(folder):
+    layer = "lora_unet_down_blocks_7_attentions_0_proj_in"
+    save_file(lora(2, 1.0, 0, {layer: (5, 5, 0)}), "d.safetensors")
+    with pytest.raises(UserError, match="none of the 25 blocks") as caught:
+        run("svd_merge_lora", "--models", "d.safetensors", "--save_to", "o.pt", "--lbws", json.dumps([1] * 26))
+    assert "--lbws" in str(caught.value)
