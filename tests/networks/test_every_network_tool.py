@@ -58,7 +58,11 @@ def test_good_files(tool, folder):
 @pytest.mark.parametrize("tool", TOOLS)
 def test_nothing_given(tool, folder):
     told = refusal(tool)
-    required = {"check_lora_weights": "file", "extract_lora_from_models": "--model_tuned"}
+    required = {
+        "check_lora_weights": "file",
+        "extract_lora_from_models": "--model_tuned",
+        "lora_interrogator": "--model",
+    }
     assert f"{required.get(tool, '--save_to')} is missing" in told
     assert tool == "check_lora_weights" or "problems:" in told
 

@@ -66,8 +66,7 @@ def expected(model: Path, kind: str) -> dict[str, torch.Tensor]:
     return found
 
 
-@pytest.mark.parametrize("kind", ["sd1", "sd2"])
-@pytest.mark.parametrize("suffix", [".safetensors", ".ckpt", ""])
+@pytest.mark.parametrize(("kind", "suffix"), [("sd1", ".safetensors"), ("sd2", ".ckpt"), ("sd1", ""), ("sd2", "")])
 def test_the_layers_get_the_sum_and_nothing_else_changes(kind, suffix, inputs, tmp_path):
     model, target = inputs / f"{kind}{suffix}", tmp_path / f"out{suffix}"
     assert merge(model, target, kind=kind) == 0

@@ -20,6 +20,7 @@ TOOLS = (
     "extract_lora_from_models",
     "extract_lora_from_dylora",
     "check_lora_weights",
+    "lora_interrogator",
 )
 TEXT = "lora_te_text_model_encoder_layers_0_mlp_fc1"
 PROJ = "lora_unet_down_blocks_0_attentions_0_proj_in"
