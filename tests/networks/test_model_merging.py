@@ -121,8 +121,8 @@ def test_the_metadata_says_what_was_merged(inputs, tmp_path):
     assert found["modelspec.title"] == "out"
     # A bare checkpoint cannot tell; the networks can.
     assert found["modelspec.architecture"] == "stable-diffusion-v2-768-v"
-    merge(inputs / "sd2.safetensors", tmp_path / "out.safetensors", "--no_metadata", kind="sd2")
-    assert not [name for name in read_metadata(tmp_path / "out.safetensors") if name.startswith("modelspec")]
+    merge(inputs / "sd2.safetensors", tmp_path / "OUT.SAFETENSORS", "--no_metadata", kind="sd2")
+    assert not [name for name in read_metadata(tmp_path / "OUT.SAFETENSORS") if name.startswith("modelspec")]
 
 
 def test_weights_are_rounded_to_the_precision_first(inputs, tmp_path):
