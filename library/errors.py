@@ -77,6 +77,17 @@ def raise_if_any(problems: Sequence[Problem]) -> None:
         raise UserError.of(problems)
 
 
+def problems_of(checks: Iterable[Callable[[], object]]) -> list[Problem]:
+    """What ``checks`` refuse with a :class:`UserError`, all together."""
+    found: list[Problem] = []
+    for check in checks:
+        try:
+            check()
+        except UserError as error:
+            found += error.problems
+    return found
+
+
 def run_script(main: Callable[[list[str]], int | None]) -> NoReturn:
     """Run a script's ``main(argv)`` and exit with its code, showing a :class:`UserError` as one block (exit code 2).
 

@@ -2,10 +2,14 @@
 
 from collections.abc import Iterable, Mapping
 from pathlib import Path
-from typing import Final
+from typing import TYPE_CHECKING, Final
 
 from library.errors import UserError
-from library.files import read_header
+from library.files import read_header, tensor_hashes, write_tensors
+
+if TYPE_CHECKING:
+    import torch
+    from torch import Tensor
 
 Shape = tuple[int, ...]
 
@@ -14,6 +18,8 @@ UP: Final = ".lora_up.weight"
 ALPHA: Final = ".alpha"
 OFT_BLOCKS: Final = ".oft_blocks"
 OFT_PREFIX: Final = "oft_unet"
+
+_OTHER_MODULE: Final = "or --network_module of the program that made this one."
 
 # The first rule with a match wins: a DoRA or Tucker file holds lora_down and lora_up as well.
 _KINDS: Final = (
@@ -56,13 +62,19 @@ def kind_of(names: Iterable[str]) -> str:
     return "no network that is known here"
 
 
-def require_lora(names: Iterable[str], *, where: str) -> None:
+def require_lora(names: Iterable[str], *, where: str, remedy: str | None = None) -> None:
     """Refuse the names of a file that the LoRA family cannot use.
+
+    Args:
+        names: Names of its tensors.
+        where: The file, for the message.
+        remedy: What to do, where there is no ``--network_module`` to be changed.
 
     Raises:
         UserError: Saying what the file is instead.
     """
-    _require("LoRA", "not a LoRA for Stable Diffusion 1 or 2", "Give a LoRA file", names, where)
+    usual = f"Give a LoRA file, {_OTHER_MODULE}"
+    _require("LoRA", "not a LoRA for Stable Diffusion 1 or 2", remedy or usual, names, where)
 
 
 def require_oft(names: Iterable[str], *, where: str) -> None:
@@ -71,18 +83,34 @@ def require_oft(names: Iterable[str], *, where: str) -> None:
     Raises:
         UserError: Saying what the file is instead.
     """
-    _require("OFT", "not one of networks.oft", "Give a file made with networks.oft", names, where)
+    _require("OFT", "not one of networks.oft", f"Give a file made with networks.oft, {_OTHER_MODULE}", names, where)
 
 
-def _require(kind: str, but: str, give: str, names: Iterable[str], where: str) -> None:
+def _require(kind: str, but: str, remedy: str, names: Iterable[str], where: str) -> None:
     found = kind_of(names)
     if found != kind:
         described = f"a{'n' if found == 'OFT' else ''} {found} network" if found in ("LoRA", "OFT") else found
-        raise UserError(
-            f"the file is {described}, {but}",
-            where=where,
-            remedy=f"{give}, or --network_module of the program that made this one.",
-        )
+        raise UserError(f"the file is {described}, {but}", where=where, remedy=remedy)
+
+
+def write_network(
+    path: Path, tensors: "Mapping[str, Tensor]", metadata: Mapping[str, str] | None, dtype: "torch.dtype | None"
+) -> None:
+    """Write a network file with the hashes that programs know it by; the suffix chooses the format.
+
+    Args:
+        path: Final name.
+        tensors: Its content, on any device.
+        metadata: Text for the safetensors header.
+        dtype: Cast the tensors to it; as they are when absent.
+
+    Raises:
+        UserError: A weight is not finite, or the folder cannot be written to.
+    """
+    content = {name: tensor.detach().to("cpu", dtype=dtype) for name, tensor in tensors.items()}
+    described = dict(metadata or {})
+    described["sshs_model_hash"], described["sshs_legacy_hash"] = tensor_hashes(content, described)
+    write_tensors(path, content, metadata=described)
 
 
 def is_pointwise_shape(shape: Shape) -> bool:

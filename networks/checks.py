@@ -5,7 +5,7 @@ from functools import partial
 from pathlib import Path
 from typing import Final
 
-from library.errors import Problem, UserError
+from library.errors import Problem, UserError, problems_of
 from networks.adapter_files import (
     Shape,
     is_pointwise_shape,
@@ -39,11 +39,11 @@ _NOT_FROM_LYCORIS: Final = {
 def own_problems(options: NetworkOptions) -> list[Problem]:
     """What is wrong with the network's options and its files, if it is one of :data:`OWN`."""
     if options.network_module in ARGUMENTS_OF:
-        return _collected(partial(_check_low_rank_settings, options)) + _file_problems(options, _check_lora_weights)
+        return problems_of([partial(_check_low_rank_settings, options)]) + _file_problems(options, _check_lora_weights)
     if options.network_module == OFT:
         return (
             _oft_option_problems(options)
-            + _collected(partial(_check_oft_settings, options))
+            + problems_of([partial(_check_oft_settings, options)])
             + _file_problems(options, _check_oft_weights)
         )
     return []
@@ -61,19 +61,13 @@ def lycoris_problems(options: NetworkOptions) -> list[Problem]:
 
 def base_weight_problems(options: NetworkOptions) -> list[Problem]:
     """What is wrong with the files of ``--base_weights``, which are merged whatever network is trained."""
-    return [problem for path in options.base_weights for problem in _collected(partial(_check_base_weights, path))]
-
-
-def _collected(check: Callable[[], object]) -> list[Problem]:
-    try:
-        check()
-    except UserError as error:
-        return list(error.problems)
-    return []
+    return problems_of(partial(_check_base_weights, path) for path in options.base_weights)
 
 
 def _file_problems(options: NetworkOptions, check: Callable[[Path, NetworkOptions], object]) -> list[Problem]:
-    return _collected(partial(check, options.network_weights, options)) if options.network_weights is not None else []
+    return (
+        problems_of([partial(check, options.network_weights, options)]) if options.network_weights is not None else []
+    )
 
 
 def _arguments(options: NetworkOptions, of_the_file: tuple[str, ...]) -> dict[str, object]:

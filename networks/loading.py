@@ -8,7 +8,8 @@ import importlib
 import importlib.util
 import inspect
 import logging
-from collections.abc import Callable
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from dataclasses import replace
 from itertools import zip_longest
 from pathlib import Path
 from types import ModuleType
@@ -22,7 +23,7 @@ from networks.checks import LYCORIS, OWN, base_weight_problems, lycoris_problems
 from networks.options import NetworkOptions
 
 if TYPE_CHECKING:
-    from torch import nn
+    from torch import Tensor, nn
 
     from library.models.stable_diffusion import StableDiffusion
     from networks.base import AdapterNetwork, ParameterGroup
@@ -137,7 +138,7 @@ def build_network(
     module = import_network_module(options.network_module)
     check_algorithm(module, split_arguments(options.network_args))
     text_encoder = named_text_encoder(model.text_encoder)
-    _merge_base_weights(options, text_encoder, model.unet)
+    merge_weights(_base_weights(options), text_encoder, model.unet)
     if settle is not None:
         settle(model)
     # Ours make nothing of the VAE, which may not have been needed yet.
@@ -206,20 +207,36 @@ def _load(network: "AdapterNetwork", path: Path | None) -> None:
         log.warning("load network weights from %s: %d %s, for instance %s", path.name, len(keys), kind, keys[0])
 
 
-def _merge_base_weights(options: NetworkOptions, text_encoder: "nn.Module", unet: "nn.Module") -> None:
-    if not options.base_weights:
-        return
+def _base_weights(options: NetworkOptions) -> "Iterator[tuple[Path, Mapping[str, Tensor], float]]":
+    for path, given in zip_longest(options.base_weights, options.base_weights_multiplier):
+        yield path, read_tensors(path).tensors, 1.0 if given is None else given
+
+
+def merge_weights(
+    files: "Iterable[tuple[Path, Mapping[str, Tensor], float]]", text_encoder: "nn.Module", unet: "nn.Module"
+) -> None:
+    """Fold network files of LoRA and OFT into the weights of a model, one after the other.
+
+    Args:
+        files: Each with its tensors and its strength.
+        text_encoder: The text encoder, by the names that network files use.
+        unet: The U-Net.
+
+    Raises:
+        UserError: A file is of another kind, or fits the model nowhere.
+    """
     from networks import lora, oft
 
-    for path, given in zip_longest(options.base_weights, options.base_weights_multiplier):
-        multiplier = 1.0 if given is None else given
-        tensors = read_tensors(path).tensors
+    for path, tensors, multiplier in files:
         create: Callable[..., Any] = (oft if kind_of(tensors) == "OFT" else lora).create_network_from_weights
-        network, weights = create(
-            multiplier, str(path), None, text_encoder, unet, weights_sd=tensors, for_inference=True
-        )
-        network.merge_to(text_encoder, unet, weights)
-        log.info("merged base weights %s, multiplier %s", path.name, multiplier)
+        try:
+            network, weights = create(
+                multiplier, str(path), None, text_encoder, unet, weights_sd=tensors, for_inference=True
+            )
+            network.merge_to(text_encoder, unet, weights)
+        except UserError as error:
+            raise UserError.of(replace(problem, where=str(path)) for problem in error.problems) from error
+        log.info("merged %s into the model, multiplier %s", path.name, multiplier)
 
 
 def parameter_groups(

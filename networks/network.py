@@ -20,7 +20,8 @@ from torch import Tensor, nn
 from transformers.models.clip.modeling_clip import CLIPMLP, CLIPAttention
 
 from library.errors import UserError
-from library.files import read_tensors, tensor_hashes, write_tensors
+from library.files import read_tensors
+from networks.adapter_files import write_network
 from networks.base import Layer, LayerModule, ParameterGroup
 from networks.block_weights import block_index
 
@@ -236,10 +237,7 @@ class LayerNetwork(nn.Module, Generic[Module]):
         Raises:
             UserError: A weight is not finite, or the folder cannot be written to.
         """
-        tensors = {name: tensor.detach().to("cpu", dtype=dtype) for name, tensor in self.state_dict().items()}
-        described = dict(metadata or {})
-        described["sshs_model_hash"], described["sshs_legacy_hash"] = tensor_hashes(tensors, described)
-        write_tensors(Path(file), tensors, metadata=described)
+        write_network(Path(file), self.state_dict(), metadata, dtype)
 
     def load_weights(self, file: str) -> Any:
         """Read a network file into the modules and return torch's report (``<All keys matched successfully>``).

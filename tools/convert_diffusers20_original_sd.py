@@ -8,7 +8,6 @@ import ast
 import json
 import logging
 import sys
-from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Final
@@ -27,7 +26,7 @@ from library.models.detect import (  # noqa: E402
     read_config,
     weight_file,
 )
-from library.models.formats import ModelFormat, is_trained_folder  # noqa: E402
+from library.models.formats import ModelFormat, format_of_name, overwriting_problems, suffix_of  # noqa: E402
 from library.models.options import ModelOptions, PromptOptions  # noqa: E402
 from library.option_positions import missing_positions, name_positions, split_positions  # noqa: E402
 from library.options import option, parse_options  # noqa: E402
@@ -41,7 +40,6 @@ DESCRIPTION = (
     "checkpoint file (.safetensors, .ckpt) or a Diffusers folder."
 )
 ORDER: Final = ("model_to_load", "model_to_save")
-_FORMATS: Final[Mapping[str, ModelFormat]] = {".safetensors": "safetensors", ".ckpt": "ckpt"}
 _STORED: Final = {"F16": "fp16", "BF16": "bf16"}
 _PRECISIONS: Final = ("fp16", "bf16", "float")
 
@@ -154,8 +152,7 @@ class Options:
     def format(self) -> ModelFormat:
         """What is written."""
         assert self.place.model_to_save is not None, "asked for with the options"
-        folder: ModelFormat = "diffusers_safetensors" if self.save.use_safetensors else "diffusers"
-        return _FORMATS.get(self.place.model_to_save.suffix.lower(), folder)
+        return format_of_name(self.place.model_to_save, safetensors=self.save.use_safetensors)
 
     @property
     def precision(self) -> str | None:
@@ -167,7 +164,7 @@ class Options:
         if self.place.model_to_save is None:
             return []
         found = []
-        has_file = self.format in _FORMATS.values()
+        has_file = bool(suffix_of(self.format))
         if self.place.reference_model and has_file:
             found.append("--reference_model has no effect: a checkpoint file has no scheduler and no tokenizer")
         if self.save.use_safetensors and has_file:
@@ -191,7 +188,8 @@ def main(argv: list[str]) -> int:
     facts = _described(place.model_to_load, "model_to_load")
     reference = None if place.reference_model is None else _described(place.reference_model, "reference_model")
     model = _model_options(place, facts, reference)
-    raise_if_any([*_family_problems(place, facts, model), *_target_problems(facts, target), *_not_a_folder(reference)])
+    replaced = overwriting_problems(target, source=facts.path, where=f"model_to_save {target}")
+    raise_if_any([*_family_problems(place, facts, model), *replaced, *_not_a_folder(reference)])
     _convert(options, model, facts, reference)
     return 0
 
@@ -255,20 +253,6 @@ def _family_problems(place: PlaceOptions, facts: SourceFacts, model: ModelOption
         return [Problem(what, f"model_to_load {place.model_to_load}", "Add --v1 or --v2.")]
     remedy = "Leave out --v1." if place.v1 else "Leave out --v2."
     return [replace(problem, where="model_to_load", remedy=remedy) for problem in family_problems(facts, model)]
-
-
-def _target_problems(facts: SourceFacts, target: Path) -> list[Problem]:
-    """What stands against the name of the result."""
-    if not target.exists():
-        return []
-    where = f"model_to_save {target}"
-    if facts.path is not None and target.samefile(facts.path):
-        return [Problem("the model would replace itself", where, "Give another name.")]
-    is_file = target.suffix.lower() in _FORMATS
-    if target.is_file() if is_file else is_trained_folder(target):
-        return []
-    what = f"{target.name} is {'a folder' if target.is_dir() else 'a file'} that this program did not write"
-    return [Problem(f"{what}, and it is not replaced", where, "Give another name, or move what has it.")]
 
 
 def _not_a_folder(reference: SourceFacts | None) -> list[Problem]:

@@ -32,8 +32,13 @@ def table(script: str) -> str:
         if declared.title != title:
             title = declared.title
             lines += ["", f"## {title}", "", "| option | default | meaning |", "| --- | --- | --- |"]
-        lines.append(f"| `--{declared.name}` | {_default(declared)} | {_meaning(declared)} |")
+        lines.append(row(declared))
     return "\n".join(lines) + "\n"
+
+
+def row(declared: Declared) -> str:
+    """An option in a table of name, default and meaning."""
+    return f"| `--{declared.name}` | {_default(declared)} | {_meaning(declared)} |"
 
 
 def _default(declared: Declared) -> str:

@@ -36,6 +36,11 @@ class ExactPart:
     config: Any
     tensors: dict[str, Tensor]
 
+    @property
+    def dtype(self) -> torch.dtype:
+        """The number format of its weights, the narrowest of several."""
+        return min((tensor.dtype for tensor in self.tensors.values()), key=lambda dtype: dtype.itemsize)
+
     def state_dict(self) -> dict[str, Tensor]:
         """The weights by the module's names."""
         return self.tensors
@@ -55,9 +60,30 @@ def with_exact_parts(model: StableDiffusion) -> StableDiffusion:
         for part, weights in originals.items()
         if (found := _unrounded(getattr(model, part).state_dict(), weights)) is not None
     }
-    if "vae" in exact:
-        exact["deferred_vae"] = DeferredModule.of(exact.pop("vae"))
-    return replace(model, **exact)
+    return _with_parts(model, exact)
+
+
+def _with_parts(model: StableDiffusion, parts: dict[str, Any]) -> StableDiffusion:
+    """``model`` with ``parts`` by name in place of its own."""
+    others = {part: module for part, module in parts.items() if part != "vae"}
+    if "vae" in parts:
+        others["deferred_vae"] = DeferredModule.of(parts["vae"])
+    return replace(model, **others)
+
+
+def in_source_precision(model: StableDiffusion) -> StableDiffusion:
+    """``model``, which was loaded and changed in float32, with each weight in the number format that its source has."""
+    assert model.origin is not None, "it was loaded"
+    originals = _originals(model.origin, model, list(PARTS))
+    parts: dict[str, Any] = {
+        part: ExactPart(getattr(model, part).config, _cast_as(getattr(model, part).state_dict(), weights))
+        for part, weights in originals.items()
+    }
+    return _with_parts(model, parts)
+
+
+def _cast_as(tensors: _Weights, source: _Weights) -> dict[str, Tensor]:
+    return {name: tensor.to(source[name].dtype) if name in source else tensor for name, tensor in tensors.items()}
 
 
 def _originals(origin: Origin, model: StableDiffusion, parts: list[str]) -> dict[str, _Weights]:

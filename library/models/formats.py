@@ -57,6 +57,31 @@ def is_trained_folder(path: Path) -> bool:
     return all((path / name).is_file() for name in (METADATA_FILE, "model_index.json"))
 
 
+def format_of_name(path: Path, *, safetensors: bool) -> ModelFormat:
+    """The format that the name of a result asks for: ``.safetensors`` and ``.ckpt`` are files, any other is a folder.
+
+    Args:
+        path: The name.
+        safetensors: Whether a folder has its weights in safetensors files.
+    """
+    folder: ModelFormat = "diffusers_safetensors" if safetensors else "diffusers"
+    named: dict[str, ModelFormat] = {suffix: name for name, suffix in _SUFFIXES.items() if suffix}
+    return named.get(path.suffix.lower(), folder)
+
+
+def overwriting_problems(target: Path, *, source: Path | None, where: str) -> list[Problem]:
+    """What stands against writing a model made from ``source`` to ``target``, which may have something already."""
+    if not target.exists():
+        return []
+    if source is not None and target.samefile(source):
+        return [Problem("the model would replace itself", where, "Give another name.")]
+    is_file = bool(suffix_of(format_of_name(target, safetensors=False)))
+    if target.is_file() if is_file else is_trained_folder(target):
+        return []
+    what = f"{target.name} is {'a folder' if target.is_dir() else 'a file'} that this program did not write"
+    return [Problem(f"{what}, and it is not replaced", where, "Give another name, or move what has it.")]
+
+
 def check_target(path: Path, format: ModelFormat) -> list[Problem]:
     """What stands against giving a result the name ``path``: a folder or file of another kind that has it already."""
     is_folder = suffix_of(format) == ""

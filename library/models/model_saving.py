@@ -45,7 +45,7 @@ def save_model(
     if format in ("diffusers", "diffusers_safetensors"):
         write_folder(path, model, safetensors=format == "diffusers_safetensors", dtype=dtype, metadata=metadata)
         return
-    assert path.suffix == suffix_of(format), "the name says what the file is"
+    assert path.suffix.lower() == suffix_of(format), "the name says what the file is"
     write_ldm(
         path,
         text_encoder=model.text_encoder,
