@@ -34,6 +34,7 @@ from shapes_world import (  # noqa: E402
     interior,
     render,
     segment,
+    with_article,
 )
 
 TOKEN = "shs"
@@ -102,18 +103,7 @@ def shows_object(scene: Scene, picture: Pixels) -> bool:
 def shows_striped(scene: Scene, picture: Pixels) -> bool:
     """The shape is that of ``scene`` and purple and yellow cover a quarter of it each, or more."""
     seen = classify(picture)
-    return seen is not None and seen.scene.shape == scene.shape and is_striped(picture)
-
-
-def shows_ground_and_shape(scene: Scene, picture: Pixels) -> bool:
-    """Shape and background are those of ``scene``, whatever the colour."""
-    seen = classify(picture)
-    return seen is not None and (seen.scene.shape, seen.scene.background) == (scene.shape, scene.background)
-
-
-def is_striped(picture: Pixels) -> bool:
-    """Purple and yellow cover a quarter of the object each, or more."""
-    return min(stripe_colours(picture)) >= 0.25
+    return seen is not None and seen.scene.shape == scene.shape and min(stripe_colours(picture)) >= 0.25
 
 
 def stripe_colours(picture: Pixels) -> tuple[float, float]:
@@ -187,17 +177,18 @@ def scenes(count: int, *, shape: str | None = None, colour: str | None = None) -
 
 
 def dreambooth(work: Path) -> list[str]:
-    """Bind the token to stripes with the quickstart's pictures; with and without regularisation pictures.
+    """Bind the token to stripes with the quickstart's pictures; with and without its regularisation pictures.
 
-    The class is a shape on a background, whose colour its captions leave open: regularisation pictures have every
-    colour. How far it drifts is told by prompts without the token, by how much of the object has the stripes' colours.
+    How far the class drifts is told by prompts without the token: those of plain scenes, and those that leave the
+    colour open, as no caption of the regularisation pictures does.
     """
     chosen = scenes(24)
-    asked = [
-        *(Asked(prompt=f"a {TOKEN} {scene.shape} on a {scene.background} background", scene=scene) for scene in chosen),
-        *(Asked(prompt=class_caption(scene), scene=scene) for scene in chosen),
-    ]
-    count = len(chosen)
+    groups = (
+        ("striped with the token", TOKEN, shows_striped),
+        ("plain scenes right", None, shows_scene),
+        ("striped without a colour", "", shows_striped),
+    )
+    asked = [Asked(prompt=caption(scene, colour), scene=scene) for _, colour, _ in groups for scene in chosen]
     lines = []
     for name, keeps in (("with regularisation", True), ("without regularisation", False)):
         folder = work / name.replace(" ", "-")
@@ -205,51 +196,37 @@ def dreambooth(work: Path) -> list[str]:
             "train_db.py",
             folder,
             asked,
-            400,
+            1000,
             f"--dataset_config={striped_dataset(folder, keeps=keeps)}",
-            "--learning_rate=2e-3",
+            "--learning_rate=1e-3",
+            "--learning_rate_te=3e-3",
             "--lr_scheduler=cosine",
-            "--lr_warmup_steps=40",
+            "--lr_warmup_steps=100",
             "--min_snr_gamma=5",
             "--save_model_as=safetensors",
         )
-        striped = [moment.part(0, count).share(shows_striped) for moment in moments]
-        kept = [moment.part(count, 2 * count) for moment in moments]
-        right = [moment.share(shows_ground_and_shape) for moment in kept]
-        leaked = [moment.share(lambda _, picture: is_striped(picture)) for moment in kept]
-        coloured = [float(np.mean([sum(stripe_colours(picture)) for picture in moment.pictures])) for moment in kept]
-        lines.append(
-            f"train_db.py {name}: striped with the token {striped[0]:.2f} -> {striped[1]:.2f}; without the token "
-            f"{leaked[0]:.2f} -> {leaked[1]:.2f}, purple and yellow {coloured[0]:.2f} -> {coloured[1]:.2f}, shape and "
-            f"background right {right[0]:.2f} -> {right[1]:.2f}"
-        )
+        measured = []
+        for number, (what, _, is_right) in enumerate(groups):
+            part = (number * len(chosen), (number + 1) * len(chosen))
+            first, last = (moment.part(*part).share(is_right) for moment in moments)
+            measured.append(f"{what} {first:.2f} -> {last:.2f}")
+        lines.append(f"train_db.py {name}: {', '.join(measured)}")
     return lines
 
 
+def caption(scene: Scene, colour: str | None) -> str:
+    """A sentence for ``scene``, with another word for its colour, or none ("")."""
+    word = scene.colour if colour is None else colour
+    return f"{with_article(' '.join(part for part in (word, scene.shape) if part))} on a {scene.background} background"
+
+
 def striped_dataset(folder: Path, *, keeps: bool) -> Path:
-    """Describe the quickstart's striped pictures and, where the class is kept, forty pictures of its every colour."""
+    """The quickstart's data set, with its regularisation pictures where the class is kept."""
+    text = (QUICKSTART / "dataset.toml").read_text(encoding="utf-8")
     folder.mkdir(parents=True)
     config = folder / "dataset.toml"
-    text = (QUICKSTART / "dataset.toml").read_text(encoding="utf-8")
-    striped = text[: text.rindex("[[datasets.subsets]]")]
-    if not keeps:
-        config.write_text(striped, encoding="utf-8")
-        return config
-    images = folder / "class"
-    images.mkdir()
-    rng = np.random.default_rng(5)
-    for number, scene in enumerate(scenes(40)):
-        Image.fromarray(render(scene, SIZE, rng)).save(images / f"{number:02d}.png")
-        (images / f"{number:02d}.txt").write_text(class_caption(scene), encoding="utf-8")
-    config.write_text(
-        f"{striped}[[datasets.subsets]]\nimage_dir = '{images.as_posix()}'\nis_reg = true\n", encoding="utf-8"
-    )
+    config.write_text(text if keeps else text[: text.rindex("[[datasets.subsets]]")], encoding="utf-8")
     return config
-
-
-def class_caption(scene: Scene) -> str:
-    """What ``scene`` shows, with the colour left open."""
-    return f"a {scene.shape} on a {scene.background} background"
 
 
 def inversion(script: str) -> Callable[[Path], list[str]]:
