@@ -84,7 +84,7 @@ def _check_size(config: Config, weights: int, part: str, where: str) -> None:
     """
     counts = [max([1, *_numbers(config.get(name))]) for name in _LAYER_COUNTS]
     lists = [len(value) for value in config.values() if isinstance(value, list)]
-    layers = math.prod(counts) * max(lists, default=1)
+    layers = math.prod(counts) * max([1, *lists])
     if layers > weights:
         raise UserError(
             f"the configuration of the {part} asks for {layers} layers, and there are {weights} weights",
