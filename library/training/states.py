@@ -4,6 +4,7 @@ A state holds tensors, optimizer, schedule, scaler and the step; the random numb
 kept. Its manifest, written last, lists size and hash of every file; a folder without a valid one is never read.
 """
 
+import json
 import logging
 import os
 import pickle
@@ -18,7 +19,15 @@ from typing import TYPE_CHECKING, Any, Final
 from library.disk_space import room_for
 from library.documents import DocumentError, read_table
 from library.errors import Problem, UserError, raise_if_any
-from library.files import read_tensors, sha256_of_file, sync_folder, write_json, write_tensors, written_whole
+from library.files import (
+    read_tensors,
+    sha256_of_file,
+    sync_folder,
+    write_json,
+    write_tensors,
+    write_text,
+    written_whole,
+)
 from library.torch_files import load_plain
 from library.training.clock import now
 
@@ -136,7 +145,8 @@ def _write_contents(folder: Path, state: TrainingState) -> None:
     write_json(folder / PROGRESS, {**place, "saved_at": now(), "losses": state.losses, "log": state.log})
     write_json(folder / FINGERPRINT, state.fingerprint)
     if state.curves:
-        write_json(folder / CURVES, state.curves)
+        # Thousands of numbers, which nobody reads line by line.
+        write_text(folder / CURVES, json.dumps(state.curves))
     files = {
         path.name: {"size": path.stat().st_size, "sha256": sha256_of_file(path)} for path in sorted(folder.iterdir())
     }
