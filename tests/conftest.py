@@ -1,5 +1,6 @@
 """Fixtures for every test: tiny models, written once a session; one thread, which small tensors are quickest with."""
 
+import signal
 from collections.abc import Callable
 from functools import cache
 from pathlib import Path
@@ -8,6 +9,12 @@ import pytest
 
 from tests.fresh import forget_accelerate
 from tests.tiny import Kind, tiny_ldm, tiny_sd
+
+
+@pytest.fixture(autouse=True, scope="session")
+def interruptible() -> None:
+    """What a shell starts in the background ignores Ctrl-C, and so would all that tests start."""
+    signal.signal(signal.SIGINT, signal.default_int_handler)
 
 
 @pytest.fixture(autouse=True, scope="module")

@@ -50,20 +50,29 @@ def dtypes(module: nn.Module) -> set[torch.dtype]:
     return {value.dtype for value in module.parameters() if value.is_floating_point()}
 
 
+def at_the_start(monkeypatch: pytest.MonkeyPatch, look: Callable[[Any, Any], None]) -> None:
+    """Let ``look`` see method and task of every run when it begins."""
+    from library.run import _Run
+
+    original = _Run.train
+
+    def watched(run: Any, *given: Any) -> int:
+        look(run._method, run._task)
+        return original(run, *given)
+
+    monkeypatch.setattr(_Run, "train", watched)
+
+
 def in_memory(monkeypatch: pytest.MonkeyPatch) -> dict[str, set[torch.dtype]]:
     """The dtypes of the run's weights by part, filled in when the run begins."""
-    from library import run as library_run
-
     found: dict[str, set[torch.dtype]] = {}
-    original = library_run.train
 
-    def watched(method: Any, task: Any, result: Any, **more: Any) -> int:
+    def look(method: Any, task: Any) -> None:
         if not found:
             found.update({name: dtypes(getattr(task.model, name)) for name in PARTS})
             found["trained"] = dtypes(method.trained)
-        return original(method, task, result, **more)
 
-    monkeypatch.setattr(library_run, "train", watched)
+    at_the_start(monkeypatch, look)
     return found
 
 
@@ -160,17 +169,13 @@ def test_networks_of_other_authors_and_8_bits_are_refused(model: Path, data: Pat
 def test_channels_last_changes_rounding_only(
     script: str, model: Path, data: Path, plain: Callable[[str], Run], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    from library import run as library_run
-
     layouts: list[bool] = []
-    original = library_run.train
 
-    def watched(method: Any, task: Any, result: Any, **more: Any) -> int:
+    def look(_: Any, task: Any) -> None:
         weights = (task.model.unet.conv_in.weight, task.model.vae.encoder.conv_in.weight)
         layouts.extend(weight.is_contiguous(memory_format=torch.channels_last) for weight in weights)
-        return original(method, task, result, **more)
 
-    monkeypatch.setattr(library_run, "train", watched)
+    at_the_start(monkeypatch, look)
     given = method_arguments(script, model, data / script)
     run = run_script(script, tmp_path, *given, "--channels_last", "--save_state")
     assert run.losses == pytest.approx(plain(script).losses, rel=1e-4)

@@ -141,6 +141,7 @@ def test_the_exact_set_of_files(models: dict[str, Path], data: Path, tmp_path: P
         "optimizer.bin",
         "scheduler.bin",
         "train_state.json",
+        "curves.json",
         "fingerprint.json",
         "manifest.json",
     }
