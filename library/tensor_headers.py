@@ -8,7 +8,7 @@ is refused, so that no file takes more memory than its own size accounts for.
 import math
 import struct
 import zipfile
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Final
 
@@ -30,6 +30,7 @@ _BYTES: Final = {
     "BOOL": 1, "U8": 1, "I8": 1, "F8_E4M3": 1, "F8_E5M2": 1, "U16": 2, "I16": 2, "F16": 2, "BF16": 2, "U32": 4,
     "I32": 4, "F32": 4, "U64": 8, "I64": 8, "F64": 8, "C64": 8,
 }  # fmt: skip
+_PIECE: Final = 1 << 20
 _LONGEST_HEADER: Final = 100_000_000
 """Bytes; the limit of the format."""
 
@@ -69,6 +70,29 @@ def safetensors_header(path: Path) -> dict[str, Any]:
         raise HeaderError("the metadata is no table of texts")
     _check_places((_place(name, facts) for name, facts in header.items() if name != METADATA), size - length)
     return header
+
+
+def stored_tensors(path: Path) -> Iterator[bytes]:
+    """Name, shape and dtype of each tensor of a ``.safetensors`` file, then its bytes in pieces; sorted by name.
+
+    Read piece by piece: mapped, a whole model would count as memory in use.
+
+    Raises:
+        HeaderError: The header is not that of this file.
+        OSError: The file cannot be read.
+    """
+    header = safetensors_header(path)
+    kinds = {kind: name for name, kind in DTYPE_NAMES.items()}
+    with path.open("rb") as file:
+        begin = 8 + struct.unpack("<Q", file.read(8))[0]
+        for name, facts in sorted(header.items()):
+            if name == METADATA:
+                continue
+            yield f"{name} {tuple(facts['shape'])} torch.{kinds[facts['dtype']]}".encode()
+            start, end = facts["data_offsets"]
+            file.seek(begin + start)
+            for place in range(start, end, _PIECE):
+                yield file.read(min(_PIECE, end - place))
 
 
 def _place(name: str, facts: object) -> tuple[int, int]:

@@ -9,6 +9,7 @@ from typing import Any, Final
 
 from library.errors import UserError
 from library.files import TORCH_SUFFIXES, read_tensors, sha256_of_file
+from library.tensor_headers import stored_tensors
 from library.training import states
 from library.training.fingerprint import changes
 
@@ -130,13 +131,18 @@ def tensor_hash(path: Path) -> str:
         files = sorted(file for file in path.rglob("*") if file.suffix in _WEIGHTS)
         parts = (f"{file.relative_to(path).as_posix()} {tensor_hash(file)}\n" for file in files)
         return hashlib.sha256("".join(parts).encode()).hexdigest()
+    digest = hashlib.sha256()
+    for part in stored_tensors(path) if path.suffix.lower() == ".safetensors" else _tensors_of_torch(path):
+        digest.update(part)
+    return digest.hexdigest()
+
+
+def _tensors_of_torch(path: Path) -> Iterator[bytes | memoryview]:
     import torch
 
-    digest = hashlib.sha256()
     for name, tensor in sorted(read_tensors(path, mapped=True).tensors.items()):
-        digest.update(f"{name} {tuple(tensor.shape)} {tensor.dtype}".encode())
-        digest.update(tensor.contiguous().reshape(-1).view(torch.uint8).numpy().data)
-    return digest.hexdigest()
+        yield f"{name} {tuple(tensor.shape)} {tensor.dtype}".encode()
+        yield tensor.contiguous().reshape(-1).view(torch.uint8).numpy().data
 
 
 def size_of(path: Path) -> int:
