@@ -86,8 +86,8 @@ CASES = (
 _METHOD_OPTIONS = {
     "train_network": ("--network_module=networks.lora", "--network_dim=8"),
     "train_textual_inversion": ("--token_string=shs", "--init_word=thing", "--use_object_template"),
-    "train_db": (),
-    "fine_tune": (),
+    "train_db": ("--save_model_as=diffusers_safetensors",),
+    "fine_tune": ("--save_model_as=diffusers_safetensors",),
 }
 
 

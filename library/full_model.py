@@ -89,6 +89,7 @@ class FullModelTraining:
         self.module: nn.Module = FullModelModule(task, parts)
         self.trained: nn.Module = nn.ModuleDict(_trained(task.model, parts))
         self._model = task.model
+        self._runtime = task.runtime
         self._zero_terminal_snr = task.zero_terminal_snr
         self._parts = parts
         self._format = format
@@ -124,6 +125,8 @@ class FullModelTraining:
             UserError: A weight is not finite, or the place cannot be written to; what was there is kept.
         """
         model = replace(self._model, zero_terminal_snr=self._zero_terminal_snr)
+        # What the step has left, before parts of the source are mapped beside the model.
+        self._runtime.release_memory()
         save_model(path, model, format=self._format, dtype=self._dtype, metadata=metadata, step=step, epoch=epoch)
 
 

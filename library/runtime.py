@@ -5,6 +5,7 @@ would otherwise go unnoticed: a launcher that started fewer processes or another
 """
 
 import contextlib
+import ctypes
 import logging
 import os
 import secrets
@@ -85,11 +86,16 @@ class Runtime:
         return [str(one) for one in gather_object([text])]
 
     def release_memory(self) -> None:
-        """Give memory of the GPU that a finished stage has left back to others."""
+        """Give memory that a finished stage has left back to others: that of the GPU, and of the process."""
         import torch
 
-        if not self.keeps_memory and torch.cuda.is_available():
+        if self.keeps_memory:
+            return
+        if torch.cuda.is_available():
             torch.cuda.empty_cache()
+        # glibc keeps what was freed in small pieces; others have no such call.
+        with contextlib.suppress(OSError, AttributeError, TypeError):
+            ctypes.CDLL(None).malloc_trim(0)
 
     def prepare(self, module: "nn.Module", optimizer: Any) -> tuple["nn.Module", Any]:
         """``module`` and ``optimizer`` as Accelerate lets them work in several processes and in 16 bits."""
