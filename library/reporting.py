@@ -66,7 +66,7 @@ class RunReport:
         self._started, self._clock = now(), time.monotonic()
         self._length: RunLength | None = None
         self._start_step = 0
-        self._curves_begin = 0
+        self._lacks_curves = False
         self._facts: tuple[tuple[str, str], ...] = ()
         self._speed: Speed | None = None
         self._results: Results = tuple
@@ -92,7 +92,7 @@ class RunReport:
         self._length, self._start_step, self._speed, self._results = length, start_step, speed, results
         self._facts = tuple(facts)
         if start_step and self.history is not None:
-            self._curves_begin = 0 if self.history.curves else start_step
+            self._lacks_curves = not self.history.curves
             folder = self._options.save.output_dir
             assert folder is not None, "checked with the inputs"
             place = preview_place(folder, self._options.save.output_name)
@@ -155,7 +155,7 @@ class RunReport:
     def _earlier(self) -> str:
         if not self._start_step:
             return ""
-        unknown = ", whose curves are not known" if self._curves_begin else ""
+        unknown = ", whose curves are not known" if self._lacks_curves else ""
         return f" The first {self._start_step:,} steps belong to an earlier part of the run{unknown}."
 
     def _summary(self, history: RunHistory) -> Iterable[tuple[str, str]]:

@@ -4,7 +4,6 @@ Usage, from anywhere: ``python networks/extract_lora_from_models.py --model_org 
 TUNED.safetensors --dim 32 --save_to OUT.safetensors``.
 """
 
-import logging
 import sys
 from dataclasses import dataclass
 from pathlib import Path
@@ -26,8 +25,6 @@ from networks.tool_options import (  # noqa: E402
     SavePrecisionOptions,
     required,
 )
-
-log = logging.getLogger("extract_lora_from_models")
 
 DESCRIPTION = (
     "Make a LoRA of the difference between two Stable Diffusion 1.x or 2.x models, so that the base model with the "

@@ -3,7 +3,6 @@
 Usage, from anywhere: ``python networks/lora_interrogator.py --sd_model MODEL --model LORA.safetensors``.
 """
 
-import logging
 import sys
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -28,8 +27,6 @@ from networks.tool_options import required  # noqa: E402
 if TYPE_CHECKING:
     import torch
     from torch import Tensor, nn
-
-log = logging.getLogger("lora_interrogator")
 
 DESCRIPTION = (
     "Show the tokens whose encoding a LoRA for Stable Diffusion 1.x or 2.x changes most, in the mean over all values."

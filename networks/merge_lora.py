@@ -4,7 +4,6 @@ Usage, from anywhere: ``python networks/merge_lora.py --models A.safetensors B.s
 OUT.safetensors``, and ``--sd_model MODEL`` to merge into a model.
 """
 
-import logging
 import sys
 from dataclasses import dataclass
 from pathlib import Path
@@ -25,8 +24,6 @@ from networks.tool_options import (  # noqa: E402
     MergedOptions,
     network_target_problems,
 )
-
-log = logging.getLogger("merge_lora")
 
 DESCRIPTION = (
     "Merge LoRA files for Stable Diffusion 1.x or 2.x with each other, each with a strength, or LoRA and OFT files "

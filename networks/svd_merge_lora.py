@@ -23,11 +23,11 @@ from networks.adapter_files import is_pointwise_shape  # noqa: E402
 from networks.lora_block_weights import block_weight_problems, left_out, parse_block_weights, weight_of  # noqa: E402
 from networks.merging import Kept, Part, check_sources, each_layer, read_sources, write_merged  # noqa: E402
 from networks.tool_options import (  # noqa: E402
+    PRECISIONS,
     CardOptions,
     DeviceOptions,
     MergedOptions,
     NetworkResultOptions,
-    SavePrecisionOptions,
     usable_device,
 )
 
@@ -55,6 +55,15 @@ class RankOptions:
         metavar="LIST",
         help="Strengths by block, a JSON list for each file: 17 (BASE, IN01, IN02, IN04, IN05, IN07, IN08, MID, OUT03 "
         "to OUT11) or 26 numbers (BASE, IN00 to IN11, MID, OUT00 to OUT11). BASE is the text encoder.",
+    )
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class SavePrecisionOptions:
+    """Number format."""
+
+    save_precision: str | None = option(
+        None, choices=PRECISIONS, help="Number format of the result. When absent: --precision."
     )
 
 

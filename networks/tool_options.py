@@ -4,7 +4,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Final
 
-from library.errors import Problem, UserError
+from library.errors import Problem, UserError, first_line
 from library.files import TORCH_SUFFIXES
 from library.options import option
 
@@ -113,10 +113,9 @@ def usable_device(name: str | None) -> str:
 
     device = name or "cpu"
     try:
-        torch.zeros(1, device=device)
-    except (RuntimeError, AssertionError, ValueError, NotImplementedError) as error:
-        reason = (str(error).splitlines() or [type(error).__name__])[0]
-        raise UserError(
-            f"{device} cannot be used: {reason}", where="--device", remedy="Leave it out to compute on the CPU."
-        ) from error
+        torch.zeros(1, device=device).cpu()
+    # torch without CUDA says so by an assertion.
+    except (RuntimeError, AssertionError) as error:
+        what = f"{device} cannot be used: {first_line(error)}"
+        raise UserError(what, where="--device", remedy="Leave it out to compute on the CPU.") from error
     return device

@@ -24,8 +24,8 @@ VAE_REMEDY: Final = (
 )
 
 _DAMAGE: Final = (
-    *(OSError, ValueError, RuntimeError, RecursionError, MemoryError, NotImplementedError),
-    *(EOFError, zipfile.BadZipFile, zlib.error),
+    *(OSError, EOFError, ValueError, RuntimeError, MemoryError),
+    *(zipfile.BadZipFile, zlib.error),
 )
 """What a damaged archive, or the list of names in it, makes Python's readers raise."""
 
