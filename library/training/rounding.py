@@ -27,7 +27,9 @@ def stochastic_round(values: Tensor, generator: torch.Generator) -> Tensor:
     )
     # Carries from the low bits into the high ones make the larger neighbour.
     bits = chance.add_(values.view(torch.int32)).bitwise_and_(-1 << _LOW_BITS)
-    return torch.where(values.isfinite(), bits.view(torch.float32), values).to(torch.bfloat16)
+    # Narrow before anything else is made: for the largest weights every copy counts.
+    rounded = bits.view(torch.float32).to(torch.bfloat16)
+    return torch.where(values.isfinite(), rounded, values.to(torch.bfloat16))
 
 
 @contextmanager
@@ -47,6 +49,8 @@ def widened(parameter: Tensor, state: dict[str, Any], generator: torch.Generator
     gradient, parameter.grad = parameter.grad.float(), None
     parameter.data = narrow.float()
     parameter.grad = gradient
+    # A name that lives on would keep it until the moments are rounded.
+    del gradient
     moments = {name: value for name, value in state.items() if _is_moment(name, value, narrow, torch.bfloat16)}
     state.update({name: value.float() for name, value in moments.items()})
     try:
