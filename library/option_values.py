@@ -3,7 +3,7 @@
 import difflib
 import math
 import types
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Collection, Iterable, Sequence
 from pathlib import Path
 from typing import Any, Final, Union, get_args, get_origin
 
@@ -209,8 +209,15 @@ def repeated_keys(values: Sequence[str], flag: str) -> list[str]:
 
 def did_you_mean(name: str, known: Iterable[str], prefix: str = "") -> str:
     """A question that names the nearest of the ``known`` names, or "" when none is near."""
-    nearest = difflib.get_close_matches(name.lower(), list(known), 1)
-    return f"Did you mean {prefix}{nearest[0]}?" if nearest else ""
+    spellings = {spelling.lower(): spelling for spelling in known}
+    nearest = difflib.get_close_matches(name.lower(), list(spellings), 1)
+    return f"Did you mean {prefix}{spellings[nearest[0]]}?" if nearest else ""
+
+
+def choose_from(name: str, names: Collection[str], label: str) -> str:
+    """A remedy for a wrong name: the nearest of ``names``, and all of them after ``label``."""
+    everything = f"{label}: {', '.join(names) or 'none'}."
+    return f"{did_you_mean(name, names)} {everything}".strip()
 
 
 def near_names(path: Path) -> list[str]:

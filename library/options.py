@@ -37,6 +37,7 @@ from library.option_foreign import FOREIGN_KEYS, foreign_notice
 from library.option_help import help_text
 from library.option_sources import CONFIG_FLAGS, Given, Source, config_path, read_arguments, read_config
 from library.option_values import (
+    choose_from,
     convert,
     did_you_mean,
     near_names,
@@ -52,6 +53,7 @@ from library.option_values import (
 __all__ = [
     "PRIVATE_METAVARS",
     "SECRET_KEYS",
+    "choose_from",
     "declared_flags",
     "did_you_mean",
     "flat_values",

@@ -1,11 +1,10 @@
 """Values of ``key=value`` lists (``--optimizer_args``, ``--lr_scheduler_args``): read them, refuse unknown names."""
 
 import ast
-import difflib
 from collections.abc import Collection, Sequence
 
 from library.errors import Problem
-from library.options import text_pairs
+from library.options import choose_from, text_pairs
 
 
 def read_arguments(texts: Sequence[str], *, flag: str) -> tuple[dict[str, object], list[Problem]]:
@@ -37,11 +36,3 @@ def unknown_names(given: Collection[str], accepted: Collection[str], *, flag: st
         for name in given
         if name not in accepted
     ]
-
-
-def choose_from(name: str, names: Collection[str], label: str) -> str:
-    """A remedy for a wrong name: the nearest of ``names``, and all of them after ``label``."""
-    everything = f"{label}: {', '.join(names) or 'none'}."
-    spellings = {known.lower(): known for known in names}
-    nearest = difflib.get_close_matches(name.lower(), list(spellings), 1)
-    return f"Did you mean {spellings[nearest[0]]}? {everything}" if nearest else everything

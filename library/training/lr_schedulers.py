@@ -11,7 +11,7 @@ from collections.abc import Callable
 from typing import TYPE_CHECKING, Final
 
 from library.errors import Problem, UserError, raise_if_any
-from library.training.arguments import choose_from, read_arguments, unknown_names
+from library.training.arguments import read_arguments, unknown_names
 from library.training.options import RELATIVE_STEP, SchedulerOptions
 from library.training.schedule_classes import build_schedule_class, check_schedule_class
 
@@ -166,9 +166,7 @@ def check_lr_scheduler(options: SchedulerOptions) -> list[Problem]:
         return _warmup_problems(options, name) + _relative_step_problems(options)
     schedule = _SCHEDULES.get(name)
     if schedule is None:
-        what = f"the schedule {name!r} is not known"
-        remedy = choose_from(name, [*_SCHEDULES, RELATIVE_STEP], "Available")
-        return [Problem(what, where="--lr_scheduler", remedy=remedy)]
+        return options.problems()
     problems = _argument_problems(options, schedule)
     if "warmup_steps" not in inspect.signature(schedule).parameters:
         problems += _warmup_problems(options, name)

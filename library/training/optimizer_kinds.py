@@ -8,7 +8,7 @@ from dataclasses import dataclass, field, replace
 from typing import Final
 
 from library.errors import Problem
-from library.training.arguments import choose_from
+from library.options import choose_from
 from library.training.source_classes import exported_classes, is_installed
 
 NAME_FLAG: Final = "--optimizer_type"

@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import Final
 
 from library.errors import Problem
-from library.options import option, parse_int_or_float, repeated_keys
+from library.options import choose_from, option, parse_int_or_float, repeated_keys
 from library.training.log_options import SAMPLER_NAMES as SAMPLER_NAMES
 from library.training.log_options import LoggingOptions as LoggingOptions
 from library.training.log_options import PreviewOptions as PreviewOptions
@@ -29,11 +29,6 @@ RELATIVE_STEP: Final = "adafactor"
 """The schedule that AdaFactor has of its own; it may be followed by a colon and the rate shown at first."""
 _AUTOMATIC: Final = Path("auto")
 _OFF: Final = {0: None}
-
-
-def _known_schedule(name: str) -> str | None:
-    known = name in LR_SCHEDULERS or name.partition(":")[0] == RELATIVE_STEP
-    return None if known else f"allows {', '.join(LR_SCHEDULERS)}, {RELATIVE_STEP}"
 
 
 def _below_1(value: float) -> str | None:
@@ -162,7 +157,6 @@ class SchedulerOptions:
     lr_scheduler: str = option(
         "constant",
         metavar="NAME",
-        check=_known_schedule,
         help=f"How the learning rate changes over the run: {', '.join(LR_SCHEDULERS)}, or {RELATIVE_STEP}.",
     )
     lr_scheduler_type: str = option(
@@ -204,6 +198,14 @@ class SchedulerOptions:
         metavar="RATIO",
         help="Lowest rate as a fraction of the learning rate, for cosine_with_min_lr and warmup_stable_decay.",
     )
+
+    def problems(self) -> list[Problem]:
+        """A schedule that there is not."""
+        name = self.lr_scheduler
+        if name in LR_SCHEDULERS or name.partition(":")[0] == RELATIVE_STEP:
+            return []
+        remedy = choose_from(name, [*LR_SCHEDULERS, RELATIVE_STEP], "Available")
+        return [Problem(f"--lr_scheduler knows no schedule {name!r}", where="--lr_scheduler", remedy=remedy)]
 
     def notices(self) -> list[str]:
         """Repeated arguments, and settings that the schedule does not have."""

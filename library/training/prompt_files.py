@@ -11,7 +11,7 @@ from typing import Any, Final
 
 from library.documents import DocumentError, is_text, parse_json, parse_toml, read_text
 from library.errors import Problem, UserError, raise_if_any
-from library.training.arguments import choose_from
+from library.options import choose_from
 from library.training.options import SAMPLER_NAMES
 
 logger = logging.getLogger(__name__)

@@ -7,7 +7,8 @@ from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any, Final, cast
 
 from library.errors import Problem, UserError
-from library.training.arguments import choose_from, read_arguments, unknown_names
+from library.options import choose_from
+from library.training.arguments import read_arguments, unknown_names
 from library.training.options import SchedulerOptions
 from library.training.source_classes import exported_classes, find_class, is_installed
 

@@ -135,6 +135,7 @@ def test_ambiguous_prefix_lists_candidates():
         (["--output_name", "my", "lora"], "'lora' belongs to no option", "quotes"),
         (["-seed", "3"], "'-seed 3' belongs to no option", "two dashes"),
         (["--loss_type", "hubert"], "--loss_type allows l1, l2, huber, smooth_l1", "Did you mean huber?"),
+        (["--lr_scheduler", "cosin"], "--lr_scheduler knows no schedule 'cosin'", "Did you mean cosine?"),
         (["--log_with", "tensorboard"], "--log_with tensorboard needs a folder", "Add --logging_dir FOLDER."),
         (["--output_config"], "--output_config needs", "--config_file"),
     ],
