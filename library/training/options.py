@@ -259,7 +259,7 @@ class SaveOptions:
     save_state_on_train_end: bool = option(False, help="Save a state at the end of the run.")
     save_state_every_minutes: float | None = option(
         None,
-        minimum=0,
+        above=0,
         synonyms=_OFF,
         metavar="M",
         help="Save a state every M minutes, each in the place of the one before: what a long run loses at most.",

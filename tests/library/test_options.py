@@ -26,7 +26,7 @@ from library.options import (
     to_toml,
 )
 from library.runtime_options import RuntimeOptions
-from library.training.options import OptimizerOptions
+from library.training.options import LR_SCHEDULERS, OptimizerOptions
 from tests.library.parsing import config, parse, problems_of
 from train_network import Options
 
@@ -296,6 +296,8 @@ def strategy_for(item: Declared):
         return st.tuples(st.integers(8, 4096), st.integers(8, 4096))
     if "tuple[float, float]" in kind:
         return st.tuples(numbers, numbers).map(sorted).map(tuple)
+    if item.name == "lr_scheduler":
+        return st.sampled_from(LR_SCHEDULERS)
     if item.name == "lr_warmup_steps":
         return st.one_of(st.integers(0, 1000), st.floats(0, 0.99))
     for plain in (Path, str, bool, int, float):
