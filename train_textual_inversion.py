@@ -22,12 +22,11 @@ def main(argv: list[str]) -> int:
     """Check everything quickly, then train; returns the exit code."""
     options = named(read_options(Options, argv, prog="train_textual_inversion.py", description=__doc__.splitlines()[0]))
     # Looking at data needs NumPy; --help and mistakes in options do not wait for it.
-    from library.data.support import TEXTUAL_INVERSION
     from library.inspection import inspect_data
     from library.new_word_checks import new_word_dry_run, new_word_inputs
 
     rewording = Rewording.of(options.embedding)
-    inspected = inspect_data(options, support=TEXTUAL_INVERSION, rewording=rewording)
+    inspected = inspect_data(options, support=rewording.support, rewording=rewording)
     if inspected is not None:
         return inspected
     inputs = new_word_inputs(options, rewording, more=check_word(options.embedding, layered=False))

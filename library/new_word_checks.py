@@ -4,7 +4,6 @@ import logging
 from collections.abc import Sequence
 
 from library.data.findings import warnings_of
-from library.data.support import TEXTUAL_INVERSION
 from library.errors import Problem
 from library.inputs import Inputs, check_inputs
 from library.inspection import dry_run
@@ -26,7 +25,7 @@ def new_word_inputs(options: TextualInversionOptions, rewording: Rewording, *, m
     Raises:
         UserError: With every problem found.
     """
-    inputs = check_inputs(options, more=more, support=TEXTUAL_INVERSION)
+    inputs = check_inputs(options, more=more, support=rewording.support)
     for finding in warnings_of(check_captions(rewording, inputs.spec, inputs.records)):
         log.warning("%s", finding)
     for notice in word_notices(options.embedding):

@@ -2,12 +2,13 @@
 
 import re
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from random import Random
 
 from library.data.findings import Finding, error, warning
 from library.data.records import ImageRecord
 from library.data.spec import DataSpec
+from library.data.support import TEXTUAL_INVERSION, DataSupport
 from library.data.templates import OBJECT_TEMPLATES, STYLE_TEMPLATES
 from library.errors import Problem
 from library.models.caption_tokens import CaptionTokens, vocabulary
@@ -72,6 +73,11 @@ class Rewording:
         if options.use_object_template:
             templates = OBJECT_TEMPLATES
         return cls(word=NewWord.of(options), templates=templates)
+
+    @property
+    def support(self) -> DataSupport:
+        """What data sets can be used: with templates the captions of their images are not."""
+        return replace(TEXTUAL_INVERSION, captions=not self.templates)
 
     def __call__(self, caption: str, record: ImageRecord, rng: Random) -> str:
         """The caption of one use of an image; regularisation images keep theirs, which are not of the new word."""

@@ -1,7 +1,7 @@
 """Options that other programs of this field write or take and that mean nothing here, each with the reason.
 
 They are accepted with one warning, so that configuration files made elsewhere run unchanged. An option that a script
-declares itself is never foreign there.
+declares itself is never foreign there. :data:`FOREIGN_KEYS` are taken as flags, too, :data:`FILE_KEYS` in files only.
 """
 
 from collections.abc import Iterable, Mapping
@@ -18,6 +18,10 @@ _LUMINA: Final = "Lumina"
 _HUNYUAN: Final = "HunyuanImage"
 _ANIMA: Final = "Anima"
 _SEVERAL: Final = "larger model families"
+_NETWORK: Final = "options of train_network.py"
+_WHOLE: Final = "options of scripts that train whole models"
+_NEW_WORD: Final = "options of textual inversion"
+_CYCLES: Final = "cycles are set by lr_scheduler_num_cycles"
 
 
 def _table(reasons: dict[str, str]) -> dict[str, str]:
@@ -61,6 +65,25 @@ FOREIGN_KEYS: Final = _table(
         ),
     }
 )
+
+FILE_KEYS: Final = _table(
+    {
+        _GUI: (
+            "enable_contrastive negative_sampling_method noise_strength contrastive_weight contrastive_warmup_steps "
+            "tag_occurrence network_train_text_encoder model_train_type"
+        ),
+        _CYCLES: "lr_restart_cycles",
+        _STOP: "stop_train_text_encoder",
+        _NETWORK: (
+            "network_module network_dim network_alpha network_args network_dropout network_weights dim_from_weights "
+            "network_train_unet_only network_train_text_encoder_only unet_lr text_encoder_lr base_weights "
+            "base_weights_multiplier scale_weight_norms no_metadata training_comment"
+        ),
+        _WHOLE: "learning_rate_te train_text_encoder use_safetensors no_token_padding diffusers_xformers",
+        _NEW_WORD: "token_string init_word num_vectors_per_token weights use_object_template use_style_template",
+    }
+)
+"""One file often serves several scripts, or was written for another one."""
 
 
 def foreign_notice(names: Iterable[str], reasons: Mapping[str, str] = FOREIGN_KEYS) -> list[str]:

@@ -151,8 +151,10 @@ def convert(declared: Declared, raw: object) -> object:
         ValueError: What was given does not fit; the message says what is expected or allowed.
     """
     members = _members(declared.type)
-    if types.NoneType in members and (raw == "" or raw == [] or raw == ()):
+    if types.NoneType in members and _is_nothing(raw, members):
         return None
+    if is_variadic(declared.type) and raw == "":
+        return ()
     facts = declared.facts
     value = facts.parse(raw) if facts.parse else _by_type(members[0], raw)
     if facts.synonyms and value in facts.synonyms:
@@ -160,6 +162,11 @@ def convert(declared: Declared, raw: object) -> object:
     for element in value if isinstance(value, tuple) else (value,):
         _check(facts, element)
     return value
+
+
+def _is_nothing(raw: object, members: Sequence[Any]) -> bool:
+    """Whether a value stands for none: empty, or the ``false`` by which files switch off what is no switch."""
+    return raw == "" or raw == [] or raw == () or (raw is False and bool not in members)
 
 
 def _by_type(kind: Any, raw: object) -> object:

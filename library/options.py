@@ -33,7 +33,7 @@ from typing import Any, Final, NoReturn, TypeVar, get_args, get_origin, get_type
 
 from library.errors import Problem, raise_if_any
 from library.option_fields import Declared, declarations, default_of, facts_of, option
-from library.option_foreign import FOREIGN_KEYS, foreign_notice
+from library.option_foreign import FILE_KEYS, FOREIGN_KEYS, foreign_notice
 from library.option_help import help_text
 from library.option_sources import CONFIG_FLAGS, Given, Source, config_path, read_arguments, read_config
 from library.option_values import (
@@ -145,7 +145,7 @@ def _others(source: Source, declared: Mapping[str, Declared]) -> list[str]:
 
 def _ignored(arguments: Source, config: Source, reasons: Mapping[str, str]) -> list[str]:
     """One line that lists what both sources give and is ignored."""
-    return foreign_notice(arguments.foreign + config.foreign, {**FOREIGN_KEYS, **reasons})
+    return foreign_notice(arguments.foreign + config.foreign, {**FOREIGN_KEYS, **FILE_KEYS, **reasons})
 
 
 def _config_source(
@@ -161,7 +161,7 @@ def _config_source(
     path = config_path(str(given.raw))
     if not writes:
         used = {name: item for name, item in declared.items() if name not in ignored}
-        return read_config(path, used, {*FOREIGN_KEYS, *ignored})
+        return read_config(path, used, {*FOREIGN_KEYS, *FILE_KEYS, *ignored})
     if path.exists():
         return Source(problems=[Problem(f"{path} exists already", "--output_config", "Choose another --config_file.")])
     return Source()

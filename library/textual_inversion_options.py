@@ -49,7 +49,6 @@ class TextualInversionOptions:
 
     ignored_in_files: ClassVar[Mapping[str, str]] = {
         **dict.fromkeys(sorted(CAPTION_DROPOUT_KEYS), _NO_DROPOUT),
-        "no_token_padding": "only train_db.py leaves captions unpadded",
         "weigts": "an embedding to go on from is given as weights",
     }
 

@@ -24,9 +24,11 @@ from library.models.detect import (  # noqa: E402
     describe_source,
     family_problems,
     read_config,
+    scheduler_prediction,
     weight_file,
 )
 from library.models.formats import ModelFormat, format_of_name, overwriting_problems, suffix_of  # noqa: E402
+from library.models.hub import fetch_configuration  # noqa: E402
 from library.models.options import ModelOptions, PromptOptions  # noqa: E402
 from library.option_positions import missing_positions, name_positions, split_positions  # noqa: E402
 from library.options import option, parse_options  # noqa: E402
@@ -186,7 +188,7 @@ def main(argv: list[str]) -> int:
     assert place.model_to_load is not None, "asked for with the options"
     assert target is not None, "asked for with the options"
     facts = _described(place.model_to_load, "model_to_load")
-    reference = None if place.reference_model is None else _described(place.reference_model, "reference_model")
+    reference = None if place.reference_model is None else _reference(place.reference_model)
     model = _model_options(place, facts, reference)
     replaced = overwriting_problems(target, source=facts.path, where=f"model_to_save {target}")
     raise_if_any([*_family_problems(place, facts, model), *replaced, *_not_a_folder(reference)])
@@ -233,6 +235,20 @@ def _described(source: str, name: str) -> SourceFacts:
         raise UserError.of(replace(problem, where=f"{name} {source}") for problem in error.problems) from error
 
 
+def _reference(source: str) -> SourceFacts | None:
+    """The model that gives scheduler and tokenizer; None where the hub does not give it."""
+    facts = _described(source, "--reference_model")
+    if facts.kind != "hub":
+        return facts
+    try:
+        folder = fetch_configuration(source, flag="--reference_model")
+    except UserError as error:
+        told = "--reference_model: %s; the scheduler and tokenizer that come with this program are used"
+        log.warning(told, error.problems[0].what)
+        return None
+    return SourceFacts(kind="folder", name=source, path=folder, prediction=scheduler_prediction(folder))
+
+
 def _model_options(place: PlaceOptions, facts: SourceFacts, reference: SourceFacts | None) -> ModelOptions:
     """How the model is to be loaded, from what was given and what the model says of itself."""
     v2 = place.v2 or (facts.family == "sd2" and not place.v1)
@@ -258,8 +274,8 @@ def _family_problems(place: PlaceOptions, facts: SourceFacts, model: ModelOption
 def _not_a_folder(reference: SourceFacts | None) -> list[Problem]:
     if reference is None or reference.kind == "folder":
         return []
-    what = "--reference_model is no Diffusers folder here"
-    return [Problem(what, f"--reference_model {reference.name}", "Download the model, and give its folder.")]
+    what = "--reference_model is no Diffusers folder"
+    return [Problem(what, f"--reference_model {reference.name}", "Give the folder of a model, or its hub id.")]
 
 
 def _stored_precision(facts: SourceFacts) -> str:

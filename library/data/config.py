@@ -16,7 +16,7 @@ from library.data.options import CacheOptions, CaptionOptions, ImageOptions, Sou
 from library.data.schema import CAPTION_DROPOUT_KEYS, KEYS
 from library.data.spec import AugmentRules, BucketRules, CaptionRules, DatasetSpec, DataSpec, Size, SubsetSpec
 from library.data.styles import check_style
-from library.data.support import NETWORK, DataSupport, check_general, check_support
+from library.data.support import NETWORK, DataSupport, check_general, check_support, used_by
 from library.documents import home_expanded
 
 _log = logging.getLogger(__name__)
@@ -111,7 +111,7 @@ def read_spec(
         findings.extend(cache_conflicts(spec))
     findings.extend(_without_effect(spec))
     findings.extend(_mask_conflicts(spec, source, support))
-    return spec, findings
+    return used_by(spec, support), findings
 
 
 def _command_line(

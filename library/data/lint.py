@@ -141,7 +141,7 @@ def _enlargement(size: Size, placement: Placement) -> float:
 
 
 def _lint_equal_sizes(resolution: Size, subset: SubsetSpec, records: Sequence[ImageRecord]) -> Iterator[Finding]:
-    """Without buckets an image has the resolution; a larger one may be cropped at random."""
+    """Without buckets an image has the resolution, or becomes it; a larger one may be cropped at random."""
     crops_faces = subset.augment.face_crop_aug_range is not None
     has_face = [crops_faces and face_of(record.path.stem) is not None for record in records]
     if crops_faces and records and not any(has_face):
@@ -162,14 +162,11 @@ def _lint_equal_sizes(resolution: Size, subset: SubsetSpec, records: Sequence[Im
     ]
     if not wrong:
         return
-    sides = sorted(set(resolution))
-    single = f"--min_bucket_reso={sides[0]} --max_bucket_reso={sides[-1]}"
-    only = f" (with {single} too, to crop all of them to that size)" if len(sides) == 1 else ""
-    yield error(
-        f"{len(wrong)} of {len(records)} images in '{subset.name}' are not {resolution[0]}x{resolution[1]}: "
-        f"{_sized(wrong)}",
+    yield warning(
+        f"{len(wrong)} of {len(records)} images in '{subset.name}' are not {resolution[0]}x{resolution[1]}, and are "
+        f"resized or cropped to it: {_sized(wrong)}",
         subset.where,
-        f"Give --enable_bucket (enable_bucket = true in a dataset file){only}, or resize the images.",
+        "To keep their shapes, give --enable_bucket (enable_bucket = true in a dataset file).",
     )
 
 

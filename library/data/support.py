@@ -1,9 +1,10 @@
 """Which kinds of data sets a training method can use; what it cannot use is refused with the way out."""
 
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Final
 
+from library.data.caption_files import NO_CAPTION_FILES
 from library.data.config_file import Section
 from library.data.findings import Finding, error
 from library.data.options import CaptionOptions, SourceOptions
@@ -20,6 +21,7 @@ class DataSupport:
         metadata: Images described by a metadata file.
         regularisation: Regularisation images.
         masks: Masks of the loss, as files or as transparency.
+        captions: Captions of the images to train on. Where they are not used, their files are not looked for.
         caption_dropout: Leaving out captions, or tags of them, at random.
         needs_masks: Asking for masks where there are none is a mistake, and not just worth telling.
     """
@@ -28,6 +30,7 @@ class DataSupport:
     metadata: bool = True
     regularisation: bool = True
     masks: bool = True
+    captions: bool = True
     caption_dropout: bool = True
     needs_masks: bool = True
 
@@ -60,6 +63,23 @@ def check_support(
                 yield error(
                     f"--{name} has no meaning here: this method needs every caption", f"--{name}", "Leave it out."
                 )
+
+
+def used_by(spec: DataSpec, support: DataSupport) -> DataSpec:
+    """``spec`` without the caption files that the method does not read."""
+    if support.captions:
+        return spec
+    datasets = (
+        replace(
+            dataset,
+            subsets=tuple(
+                subset if subset.is_reg else replace(subset, caption_extension=NO_CAPTION_FILES)
+                for subset in dataset.subsets
+            ),
+        )
+        for dataset in spec.datasets
+    )
+    return replace(spec, datasets=tuple(datasets))
 
 
 def check_general(general: Section, support: DataSupport) -> Iterator[Finding]:

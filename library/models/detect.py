@@ -250,7 +250,6 @@ def _describe_folder(folder: Path) -> SourceFacts:
     families = {known: family for family, known in TEXT_WIDTHS.items()}
     # A small model is told by its text encoder's activation: CLIP's own in SD1, the exact one in OpenCLIP's SD2.
     by_activation: Family = "sd1" if text.get("hidden_act", "quick_gelu") == "quick_gelu" else "sd2"
-    scheduler = folder / "scheduler/scheduler_config.json"
     return SourceFacts(
         kind="folder",
         name=folder.resolve().name,
@@ -258,10 +257,14 @@ def _describe_folder(folder: Path) -> SourceFacts:
         family=families.get(width, by_activation) if isinstance(width, int) else by_activation,
         text_width=width,
         in_channels=unet.get("in_channels"),
-        prediction=_PREDICTIONS.get(str(read_config(scheduler).get("prediction_type")))
-        if scheduler.is_file()
-        else None,
+        prediction=scheduler_prediction(folder),
     )
+
+
+def scheduler_prediction(folder: Path) -> Prediction | None:
+    """What the scheduler of a Diffusers folder says that the model predicts, if it says."""
+    scheduler = folder / "scheduler/scheduler_config.json"
+    return _PREDICTIONS.get(str(read_config(scheduler).get("prediction_type"))) if scheduler.is_file() else None
 
 
 def _check_folder(folder: Path) -> None:

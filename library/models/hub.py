@@ -26,12 +26,24 @@ def fetch_vae(repository: str) -> Path:
     return fetch_files(repository, vae_files, flag=VAE_FLAG, unusable=_no_parts)
 
 
+def fetch_configuration(repository: str, *, flag: str) -> Path:
+    """The local folder with a model's configuration and tokenizer, without weights; as :func:`fetch_model`."""
+    return fetch_files(repository, configuration_files, flag=flag, unusable=_no_parts)
+
+
+def configuration_files(names: Iterable[str]) -> list[str]:
+    """Those of a repository's files that describe scheduler, tokenizer and U-Net; empty if one of them is missing."""
+    known = set(names)
+    needed = {"scheduler/scheduler_config.json", "unet/config.json", "tokenizer/vocab.json"}
+    return sorted(known & needed | set(_tokenizer_files(known))) if needed <= known else []
+
+
 def model_files(names: Iterable[str]) -> list[str]:
     """Those of a repository's files that a Diffusers model needs, one file of weights a part; empty if it is none."""
     known = set(names)
     general = {"model_index.json", "scheduler/scheduler_config.json"}
     wanted = sorted(known & general)
-    wanted += sorted(n for n in known if n.startswith("tokenizer/") and n.endswith((".json", ".txt")))
+    wanted += _tokenizer_files(known)
     for part in PARTS:
         files = _part_files(known, f"{part}/", part)
         if not files:
@@ -44,6 +56,10 @@ def vae_files(names: Iterable[str]) -> list[str]:
     """Those of a repository's files that are its VAE, at its root or below ``vae``; empty if it has none."""
     known = set(names)
     return _part_files(known, "", "vae") or _part_files(known, "vae/", "vae")
+
+
+def _tokenizer_files(known: set[str]) -> list[str]:
+    return sorted(name for name in known if name.startswith("tokenizer/") and name.endswith((".json", ".txt")))
 
 
 def _part_files(known: set[str], prefix: str, part: str) -> list[str]:

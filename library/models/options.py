@@ -62,7 +62,7 @@ class PromptOptions:
     max_token_length: int | None = option(
         None,
         choices=(150, 225),
-        synonyms={75: None},
+        synonyms={75: None, 255: 225},
         help="Longest caption in tokens; what is longer is cut. 75 when absent; 150 and 225 encode it in pieces.",
     )
     weighted_captions: bool = option(

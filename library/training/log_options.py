@@ -102,43 +102,34 @@ class PreviewOptions:
     )
     sample_sampler: str = option("ddim", choices=SAMPLER_NAMES, help="Sampler of the preview images.")
 
-    def problems(self) -> list[Problem]:
-        """Previews without prompts."""
-        settled = self.settled()
-        if not (settled.sample_at_first or settled.sample_every_n_steps or settled.sample_every_n_epochs):
-            return []
-        if self.sample_prompts is not None:
-            return []
-        wanted = ("sample_every_n_epochs", "sample_every_n_steps", "sample_at_first")
-        flag = next(f"--{name}" for name in wanted if getattr(settled, name))
-        return [Problem(f"{flag} needs prompts", flag, "Add --sample_prompts FILE.")]
-
     def notices(self) -> list[str]:
-        """Intervals that switch previews off, and which of two holds."""
+        """Intervals that switch previews off, which of two holds, and what previews lack."""
         found = [
             f"--{name} {getattr(self, name)} switches these previews off"
             for name in ("sample_every_n_steps", "sample_every_n_epochs")
             if getattr(self, name) is not None and getattr(self, name) <= 0
         ]
-        settled = self.settled()
-        if settled.sample_every_n_epochs and settled.sample_every_n_steps:
+        steps, epochs = self._intervals()
+        if not (self.sample_at_first or steps or epochs):
+            plain = PreviewOptions()
+            names = ("sample_prompts", "sample_sampler")
+            unused = [name for name in names if getattr(self, name) != getattr(plain, name)]
+            if unused:
+                found.append(
+                    "no previews are made without --sample_every_n_epochs, --sample_every_n_steps or "
+                    f"--sample_at_first: {flags(unused)} without effect"
+                )
+        elif self.sample_prompts is None:
+            found.append("no previews are made without --sample_prompts FILE")
+        elif steps and epochs:
             found.append("--sample_every_n_epochs is used, --sample_every_n_steps is not")
-        is_due = settled.sample_at_first or settled.sample_every_n_epochs or settled.sample_every_n_steps
-        plain = PreviewOptions()
-        names = ("sample_prompts", "sample_sampler")
-        unused = [name for name in names if getattr(self, name) != getattr(plain, name)]
-        if unused and not is_due:
-            found.append(
-                "no previews are made without --sample_every_n_epochs, --sample_every_n_steps or --sample_at_first: "
-                f"{flags(unused)} without effect"
-            )
         return found
 
     def settled(self) -> "PreviewOptions":
         """The same, with intervals of 0 and less taken as absent."""
+        steps, epochs = self._intervals()
+        return replace(self, sample_every_n_steps=steps, sample_every_n_epochs=epochs)
+
+    def _intervals(self) -> tuple[int | None, int | None]:
         steps, epochs = self.sample_every_n_steps, self.sample_every_n_epochs
-        return replace(
-            self,
-            sample_every_n_steps=steps if steps and steps > 0 else None,
-            sample_every_n_epochs=epochs if epochs and epochs > 0 else None,
-        )
+        return steps if steps and steps > 0 else None, epochs if epochs and epochs > 0 else None

@@ -186,7 +186,9 @@ class SchedulerOptions:
         minimum=0,
         help="Steps in which the rate falls at the end, for warmup_stable_decay; written as --lr_warmup_steps.",
     )
-    lr_scheduler_num_cycles: int = option(1, minimum=1, metavar="N", help="Number of cycles of cosine_with_restarts.")
+    lr_scheduler_num_cycles: int = option(
+        1, minimum=0, metavar="N", help="Number of cycles of cosine_with_restarts; with 0 the rate stays as it is."
+    )
     lr_scheduler_power: float = option(1.0, minimum=0, metavar="P", help="Exponent of polynomial.")
     lr_scheduler_timescale: int | None = option(
         None, minimum=1, metavar="N", help="Time scale of inverse_sqrt, in steps."
@@ -232,7 +234,10 @@ class SaveOptions:
     )
     output_name: str | None = option(None, metavar="NAME", help="Name of the trained file, without its suffix.")
     save_precision: str | None = option(
-        None, choices=("float", "fp16", "bf16"), help="Number format of the saved weights; as trained when absent."
+        None,
+        choices=("float", "fp16", "bf16"),
+        synonyms={"fp32": "float"},
+        help="Number format of the saved weights; as trained when absent.",
     )
     save_every_n_epochs: int | None = option(
         None, minimum=1, synonyms=_OFF, metavar="N", help="Save after every N epochs."

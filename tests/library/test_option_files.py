@@ -1,13 +1,17 @@
 """Configuration files: precedence, mistakes with their lines, and what the common GUI writes."""
 
+from importlib import import_module
+
 import pytest
 
 from library.errors import UserError
 from library.option_fields import declarations
-from library.option_foreign import FOREIGN_KEYS
-from library.options import flat_values
+from library.option_foreign import FILE_KEYS, FOREIGN_KEYS
+from library.options import flat_values, parse_options
 from tests.library.parsing import config, parse, problems_of
 from train_network import Options
+
+SCRIPTS = ("train_network", "train_db", "fine_tune", "train_textual_inversion", "train_textual_inversion_XTI")
 
 
 def test_precedence(tmp_path):
@@ -203,3 +207,21 @@ def test_foreign_flags_take_their_values_and_never_hide_an_option():
     assert options.network.text_encoder_lr == (1e-4,)
     assert notices == ["ignored, since they mean nothing here: clip_l (Stable Diffusion 3); sdxl (SDXL)"]
     assert not set(FOREIGN_KEYS) & set(declarations(Options))
+
+
+@pytest.mark.parametrize("script", SCRIPTS)
+def test_a_file_may_hold_what_is_meant_for_another_script(script, tmp_path):
+    kinds = {name: declarations(import_module(name).Options) for name in SCRIPTS}
+    others = {name for kind in kinds.values() for name in kind} - set(kinds[script])
+    assert others <= {*FOREIGN_KEYS, *FILE_KEYS}
+    path = tmp_path / "c.toml"
+    keys = ("lr_restart_cycles = 2", 'training_comment = "mine"', 'init_word = "cat"', "learning_rate_te = 1e-5")
+    path.write_text("\n".join(('token_string = "zwx"', *keys)))
+    notices = []
+    parse_options(
+        import_module(script).Options, ["--config_file", str(path)], prog="t", description="d", announce=notices.append
+    )
+    (notice,) = [notice for notice in notices if notice.startswith("ignored")]
+    assert "lr_restart_cycles (cycles are set by lr_scheduler_num_cycles)" in notice
+    assert ("training_comment" in notice) == (script != "train_network")
+    assert ("learning_rate_te" in notice) == (script not in ("train_db", "fine_tune"))

@@ -293,7 +293,7 @@ def too_small_without_enlarging(folder):
     general(folder, "bucket_no_upscale = true")
 
 
-@mistake("error", ("are not 128x128", "3.png 128x160"), "dataset.toml:", "--enable_bucket")
+@mistake("warning", ("are not 128x128", "3.png 128x160"), "dataset.toml:", "--enable_bucket")
 def other_sizes_without_buckets(folder):
     change(folder, "enable_bucket = true", "enable_bucket = false")
     noise(3, (128, 160)).save(folder / "images" / "3.png")

@@ -68,7 +68,6 @@ MORE = [
     ["--validation_split=2"],
     ["--seed=-1"],
     ["--save_precision=fp8"],
-    ["--sample_every_n_steps=1"],
     ["--use_8bit_adam", "--use_lion_optimizer"],
 ]
 

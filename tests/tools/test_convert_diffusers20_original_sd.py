@@ -2,7 +2,9 @@ import json
 import subprocess
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 
+import huggingface_hub
 import pytest
 import torch
 
@@ -98,6 +100,31 @@ def test_the_reference_model_gives_scheduler_and_tokenizer(models: Path, tmp_pat
     assert json.loads((tmp_path / "out/scheduler/scheduler_config.json").read_text())["beta_end"] == 0.5
     assert json.loads((tmp_path / "out/unet/config.json").read_text())["sample_size"] == 96
     assert_same(loaded(source), loaded(tmp_path / "out"))
+
+
+def test_the_reference_model_may_be_on_the_hub(
+    models: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
+) -> None:
+    reference = tiny_sd(tmp_path / "reference", "sd1", layers_per_block=1, seed=3)
+    for weights in reference.rglob("*.safetensors"):
+        weights.unlink()
+    path = reference / "scheduler" / "scheduler_config.json"
+    path.write_text(json.dumps(json.loads(path.read_text()) | {"beta_end": 0.5}))
+    files = [SimpleNamespace(rfilename=one.relative_to(reference).as_posix()) for one in reference.rglob("*.*")]
+    monkeypatch.setattr(huggingface_hub.HfApi, "model_info", lambda *_: SimpleNamespace(siblings=files))
+    monkeypatch.setattr(huggingface_hub, "snapshot_download", lambda *_, **__: str(reference))
+    source = models / "files" / "sd1.safetensors"
+    main([str(source), str(tmp_path / "out"), "--reference_model=someone/model"])
+    assert json.loads((tmp_path / "out/scheduler/scheduler_config.json").read_text())["beta_end"] == 0.5
+
+    def nobody(*_: object, **__: object) -> None:
+        raise OSError("no connection")
+
+    monkeypatch.setattr(huggingface_hub.HfApi, "model_info", nobody)
+    monkeypatch.setattr(huggingface_hub, "snapshot_download", nobody)
+    main([str(source), str(tmp_path / "offline"), "--reference_model=someone/model"])
+    assert "that come with this program are used" in capfd.readouterr().err
+    assert_same(loaded(source), loaded(tmp_path / "offline"))
 
 
 def test_a_result_replaces_only_what_was_converted(

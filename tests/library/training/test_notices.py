@@ -25,6 +25,7 @@ def test_prompts_without_an_interval(options):
 )
 def test_prompts_with_an_interval(options):
     assert PreviewOptions(sample_prompts=Path("p.txt"), **options).notices() == []
+    assert PreviewOptions(**options).notices() == ["no previews are made without --sample_prompts FILE"]
 
 
 @pytest.mark.parametrize(
