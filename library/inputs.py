@@ -11,7 +11,7 @@ from typing import Protocol, TypeVar
 
 from library.data.cache_conflicts import check_latents_alone
 from library.data.config import read_spec
-from library.data.findings import Finding, warning, warnings_of
+from library.data.findings import Finding, merged, warning, warnings_of
 from library.data.fixed_captions import changing_captions
 from library.data.lint import lint
 from library.data.options import (
@@ -257,7 +257,7 @@ def check_data(options: DataOptions, *, support: DataSupport = NETWORK) -> DataC
         from library.data.lint_thorough import lint_thoroughly
 
         findings += lint_thoroughly(spec, records, caption_tokens(options.prompts))
-    return DataCheck(spec=spec, records=records, findings=tuple(dict.fromkeys(findings)))
+    return DataCheck(spec=spec, records=records, findings=merged(findings))
 
 
 def _below_usual_size(model: ModelOptions, spec: DataSpec) -> Iterator[Finding]:

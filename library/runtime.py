@@ -350,7 +350,8 @@ def _agree_on_seed(seed: int | None, accelerator: Any) -> int:
 def _launcher_notices(options: RuntimeOptions, world: int, has_accelerator: bool) -> Iterator[str]:
     """What the launcher did otherwise than asked."""
     launched = os.environ.get("ACCELERATE_MIXED_PRECISION")
-    if launched is not None and launched != options.mixed_precision:
+    # "no" is what the launcher says where nothing was chosen.
+    if launched not in (None, "no", options.mixed_precision):
         yield (
             f"the launcher's mixed precision is {launched!r}, --mixed_precision is {options.mixed_precision!r}: "
             f"{options.mixed_precision!r} is used"

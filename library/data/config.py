@@ -10,7 +10,7 @@ from typing import Any, Final
 from library.data.cache_conflicts import cache_conflicts
 from library.data.config_file import DatasetSection, Section, read_dataset_file
 from library.data.findings import Finding, error, warning, warnings_of
-from library.data.folders import explain_base_dir, image_names, parse_folder_name, shown_name, subfolder_names
+from library.data.folders import explain_base_dir, image_names, is_empty, parse_folder_name, shown_name, subfolder_names
 from library.data.metadata import largest_train_resolution
 from library.data.options import CacheOptions, CaptionOptions, ImageOptions, SourceOptions
 from library.data.schema import CAPTION_DROPOUT_KEYS, KEYS
@@ -278,6 +278,11 @@ def _with_masks(subset: SubsetSpec, masks: Path | None) -> SubsetSpec:
 
 
 def _named_subsets(base: Path, flag: str, chain: _Chain, findings: list[Finding]) -> Iterable[SubsetSpec]:
+    if flag == "--reg_data_dir" and is_empty(base):
+        # Front ends make the folder and name it for every run.
+        what = f"no regularisation images: the folder '{base}' is empty"
+        findings.append(warning(what, flag, f"Leave it so if it is meant, or leave {flag} out."))
+        return
     if advice := explain_base_dir(base, flag=flag):
         findings.append(error(advice.what, flag, advice.remedy))
         return

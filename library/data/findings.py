@@ -39,6 +39,19 @@ def warning(what: str, where: str, remedy: str) -> Finding:
     return Finding("warning", what, where, remedy)
 
 
+def merged(findings: Iterable[Finding]) -> tuple[Finding, ...]:
+    """``findings`` with those that say the same of several places as one, in the order of the first of each.
+
+    The same folder in several data sets, one for each resolution, is the usual case.
+    """
+    places: dict[tuple[Severity, str, str], dict[str, None]] = {}
+    for finding in findings:
+        places.setdefault((finding.severity, finding.what, finding.remedy), {})[finding.where] = None
+    return tuple(
+        Finding(severity, what, ", ".join(where), remedy) for (severity, what, remedy), where in places.items()
+    )
+
+
 def _problem(finding: Finding) -> Problem:
     return Problem(finding.what, finding.where, finding.remedy)
 

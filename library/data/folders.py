@@ -119,6 +119,11 @@ def explain_image_dir(folder: Path, *, setting: str) -> Advice | None:
     return Advice(f"no images in the folder '{folder}', which holds {_content(folder)}", _put_images_there(folder))
 
 
+def is_empty(folder: Path) -> bool:
+    """Whether ``folder`` is a folder that holds nothing."""
+    return folder.is_dir() and not any(folder.iterdir())
+
+
 def explain_base_dir(base: Path, *, flag: str) -> Advice | None:
     """Why ``base`` has no folders called ``<repeats>_<class>``; None when it has."""
     setting = f'{flag}="{{}}"'

@@ -95,7 +95,7 @@ class CheckOptions:
 
 
 def _multiple_of_8(value: int) -> str | None:
-    return None if value % 8 == 0 else "must be a multiple of 8 (the VAE shrinks images by 8)"
+    return None if value % 8 == 0 else "must be a multiple of 8, such as 64 (the VAE shrinks images by 8)"
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)

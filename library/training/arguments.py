@@ -24,6 +24,8 @@ def read_arguments(texts: Sequence[str], *, flag: str) -> tuple[dict[str, object
 
 
 def _literal_hint(text: str) -> str:
+    if " " in text.strip() and "=" in text:
+        return 'Give each argument in quotes of its own: "weight_decay=0.1" "eps=1e-8".'
     if text.strip().lower() in ("true", "false", "none"):
         return f"Write {text.strip().capitalize()}, with a capital."
     return "Write a number, True, False, None, numbers such as 0.9,0.99, or a text in quotes."

@@ -203,8 +203,6 @@ def test_without_a_listener_notices_go_to_the_log(caplog):
         ["--min_timestep", 500, "--max_timestep", 500],
         ["--min_bucket_reso", 512, "--max_bucket_reso", 256],
         ["--log_with", "tensorboard"],
-        ["--sample_every_n_steps", 5],
-        ["--sample_at_first"],
         ["--network_weights", "missing.safetensors"],
         ["--network_train_unet_only", "--network_train_text_encoder_only"],
         ["--base_weights_multiplier", 0.5],

@@ -47,6 +47,8 @@ def test_a_launcher_with_another_precision_is_announced(monkeypatch: pytest.Monk
     (notice,) = _launcher_notices(RuntimeOptions(mixed_precision="bf16"), 2, has_accelerator=True)
     assert "'fp16'" in notice
     assert "'bf16' is used" in notice
+    monkeypatch.setenv("ACCELERATE_MIXED_PRECISION", "no")
+    assert not list(_launcher_notices(RuntimeOptions(mixed_precision="bf16"), 2, has_accelerator=True))
 
 
 class Parent:

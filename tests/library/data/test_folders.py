@@ -75,3 +75,14 @@ def test_folders_beside_a_dataset_file_are_ignored_with_a_warning(tmp_path):
     spec, (finding,) = read(path, train=tmp_path / "x")
     assert finding.severity == "warning"
     assert [subset.name for subset in spec.datasets[0].subsets] == ["a"]
+
+
+def test_an_empty_folder_for_regularisation_is_told_and_no_mistake(tmp_path):
+    make_images(tmp_path / "train" / "2_shs thing")
+    (tmp_path / "reg").mkdir()
+    spec, findings = read(train=tmp_path / "train", reg=tmp_path / "reg")
+    (finding,) = findings
+    assert (finding.severity, finding.where) == ("warning", "--reg_data_dir")
+    assert len(spec.datasets[0].subsets) == 1
+    (tmp_path / "reg" / "note.txt").write_text("x")
+    assert errors(read(train=tmp_path / "train", reg=tmp_path / "reg")[1])

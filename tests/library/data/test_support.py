@@ -1,10 +1,12 @@
 """What each training method accepts of data sets, against the reference's validator, and what is said otherwise."""
 
 import json
+from dataclasses import replace
 
 import pytest
 
 from library.data.options import CaptionOptions
+from library.data.records import scan
 from library.data.support import DREAMBOOTH, FINE_TUNING, NETWORK, TEXTUAL_INVERSION, DataSupport
 from tests.library.data.reading import errors, golden, make_images, read, write
 
@@ -103,3 +105,14 @@ def test_masks_that_are_not_there(tmp_path, support, severity):
     (tmp_path / "one.json").write_text('{"0": {"caption": "a"}}', encoding="utf-8")
     _, findings = read(train=tmp_path / "images", in_json=tmp_path / "one.json", masked=True, support=support)
     assert [one.severity for one in findings if one.what == "--masked_loss is given, but no masks"] == [severity]
+
+
+def test_captions_that_a_method_does_not_use_are_not_looked_for(tmp_path):
+    make_images(tmp_path / "train" / "2_shs thing", 1)
+    for image in (tmp_path / "train" / "2_shs thing").glob("*.png"):
+        image.with_suffix(".txt").write_text("a thing")
+    spec, _ = read(train=tmp_path / "train", support=TEXTUAL_INVERSION)
+    (finding,) = errors(scan(spec)[1])
+    assert "no .caption files" in finding.what
+    spec, _ = read(train=tmp_path / "train", support=replace(TEXTUAL_INVERSION, captions=False))
+    assert not scan(spec)[1]

@@ -1,4 +1,5 @@
-from library.training.arguments import choose_from, read_arguments, unknown_names
+from library.options import choose_from
+from library.training.arguments import read_arguments, unknown_names
 
 
 def test_values_are_python_literals():
@@ -8,10 +9,12 @@ def test_values_are_python_literals():
 
 
 def test_every_unreadable_value_is_reported_with_the_way_to_write_it():
-    values, problems = read_arguments(["amsgrad=true", "eps=one", "ok=1", "weight_decay"], flag="--optimizer_args")
+    given = ["amsgrad=true", "eps=one", "ok=1", "weight_decay", "a=1 b=2"]
+    values, problems = read_arguments(given, flag="--optimizer_args")
     assert values == {"ok": 1}
-    assert [problem.what.split("=")[0] for problem in problems] == ["amsgrad", "eps", "weight_decay"]
+    assert [problem.what.split("=")[0] for problem in problems] == ["amsgrad", "eps", "weight_decay", "a"]
     assert problems[0].remedy == "Write True, with a capital."
+    assert problems[3].remedy.startswith("Give each argument in quotes of its own")
     assert all(problem.where == "--optimizer_args" for problem in problems)
 
 
