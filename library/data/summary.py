@@ -8,6 +8,7 @@ from collections import Counter, defaultdict
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any, Final
 
+from library.data.caption_files import NO_CAPTION_FILES
 from library.data.folders import shown_name
 from library.data.records import ImageRecord
 from library.data.setup import TrainingData
@@ -195,14 +196,20 @@ def startup_table(spec: DataSpec, data: TrainingData, caption_of: Callable[[int]
     return "\n".join(lines)
 
 
-def _subset_line(subset: SubsetSpec, images: Sequence[ImageRecord]) -> str:
-    found = sum(record.has_caption_file for record in images)
-    role = ", regularisation" if subset.is_reg else ""
-    missing = len(images) - found
+def _captions_line(subset: SubsetSpec, images: Sequence[ImageRecord]) -> str:
     tokens = f"'{subset.class_tokens}'" if subset.class_tokens else "an empty caption"
-    captions = f"{found} captions found ({subset.caption_extension if subset.metadata_file is None else subset.name})"
-    if missing:
-        captions += f", {missing} missing: {tokens}"
+    if subset.metadata_file is None and subset.caption_extension.startswith(NO_CAPTION_FILES):
+        return f"no caption files: {tokens}"
+    found = sum(record.has_caption_file for record in images)
+    missing = f", {len(images) - found} missing: {tokens}" if found < len(images) else ""
+    return (
+        f"{found} captions found ({subset.caption_extension if subset.metadata_file is None else subset.name}){missing}"
+    )
+
+
+def _subset_line(subset: SubsetSpec, images: Sequence[ImageRecord]) -> str:
+    role = ", regularisation" if subset.is_reg else ""
+    captions = _captions_line(subset, images)
     masks = sum(record.mask is not None for record in images)
     if masks or subset.alpha_mask:
         captions += f"; masks: {f'{masks} images' if masks else 'transparency'}"
