@@ -27,6 +27,7 @@ from library.option_relations import (
     model_notices,
     prediction_problems,
     snr_problems,
+    static_graph_problems,
 )
 from library.runtime import start_runtime
 from library.runtime_options import ConsoleOptions, DeepSpeedOptions, RuntimeOptions
@@ -86,6 +87,7 @@ class Options:
             *prediction_problems(self.model, self.loss),
             *self.parts.problems(),
             *fused_problems(self.optimizer, self.length, self.runtime),
+            *static_graph_problems(self.length, self.runtime),
             *snr_problems(self.noise, self.loss),
             *fp8_problems(self.runtime),
             *self.dreambooth.problems_with(self.runtime, self.prompts, self.cache),

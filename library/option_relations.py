@@ -76,6 +76,20 @@ def fused_problems(optimizer: OptimizerOptions, length: LengthOptions, runtime: 
     return found
 
 
+def static_graph_problems(length: LengthOptions, runtime: RuntimeOptions) -> list[Problem]:
+    """DDP learns the graph in the first backward pass, which accumulation makes without exchanging gradients."""
+    if not runtime.ddp_static_graph or length.gradient_accumulation_steps == 1:
+        return []
+    return [
+        Problem(
+            "--ddp_static_graph needs gradients exchanged after every batch, and here they are added up over "
+            f"{length.gradient_accumulation_steps} batches first",
+            "--ddp_static_graph, --gradient_accumulation_steps",
+            "Leave --ddp_static_graph out.",
+        )
+    ]
+
+
 def fp8_problems(runtime: RuntimeOptions) -> list[Problem]:
     """Weights in 8 bits cannot be trained, for scripts that train the model itself."""
     if not runtime.narrows_base:

@@ -25,6 +25,7 @@ from library.option_relations import (
     model_notices,
     prediction_problems,
     snr_problems,
+    static_graph_problems,
 )
 from library.runtime_options import ConsoleOptions, DeepSpeedOptions, RuntimeOptions
 from library.training.options import (
@@ -84,6 +85,7 @@ class TextualInversionOptions:
         return [
             *prediction_problems(self.model, self.loss),
             *fused_problems(self.optimizer, self.length, self.runtime),
+            *static_graph_problems(self.length, self.runtime),
             *snr_problems(self.noise, self.loss),
             *self._rate_problems(),
         ]

@@ -61,6 +61,7 @@ MORE = [
     ["--fp8_base_unet"],
     ["--fused_backward_pass", "--gradient_accumulation_steps=2"],
     ["--fused_backward_pass", "--mixed_precision=fp16"],
+    ["--ddp_static_graph", "--gradient_accumulation_steps=2"],
     ["--dynamo_backend=fast"],
     ["--deepspeed"],
     ["--dataset_class=my.Class"],
