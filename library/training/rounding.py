@@ -37,7 +37,7 @@ def widened(parameter: Tensor, state: dict[str, Any], generator: torch.Generator
     """Inside the block a bf16 ``parameter``, its gradient and its optimizer state are float32; afterwards bf16 again.
 
     Of the state, tensors of the parameter's shape are meant: moments. Other entries (step counts, 8-bit state with its
-    scales) stay as the optimizer keeps them.
+    scales, what is paged or on another device) stay as the optimizer keeps them.
 
     Args:
         parameter: A trained weight that has a gradient.
@@ -68,4 +68,8 @@ def widened(parameter: Tensor, state: dict[str, Any], generator: torch.Generator
 
 def _is_moment(name: str, value: object, parameter: Tensor, dtype: torch.dtype) -> bool:
     # A count has the shape of a weight that is a single number.
-    return name != "step" and isinstance(value, Tensor) and value.shape == parameter.shape and value.dtype == dtype
+    if name == "step" or not isinstance(value, Tensor):
+        return False
+    # bitsandbytes pages its own memory only, which torch takes for the CPU's: no copy of it would be.
+    is_elsewhere = value.device != parameter.device or getattr(value, "is_paged", False)
+    return value.shape == parameter.shape and value.dtype == dtype and not is_elsewhere

@@ -59,3 +59,18 @@ def test_moments_are_narrow_between_steps_and_counts_are_not_touched() -> None:
     assert state["exp_avg"].dtype == state["exp_avg_sq"].dtype == torch.bfloat16
     assert state["step"].item() == 3
     assert state["step"].dtype == torch.float32
+
+
+def test_moments_that_are_paged_stay_as_the_optimizer_keeps_them() -> None:
+    """bitsandbytes' lie in memory of its own, which torch takes for the CPU's: a GPU's generator does not fit it."""
+    weight = torch.nn.Parameter(torch.ones(4, dtype=torch.bfloat16))
+    paged, own = torch.full((4,), 1 / 3), torch.full((4,), 1 / 3)
+    paged.is_paged = True
+    state = {"state1": paged, "own": own, "elsewhere": torch.empty(4, device="meta")}
+    for step in range(2):
+        weight.grad = torch.ones_like(weight)
+        with widened(weight, state, generator(step)):
+            assert all(value.dtype == torch.float32 for value in state.values())
+    assert state["state1"] is paged
+    assert paged.tolist() == [torch.tensor(1 / 3).item()] * 4
+    assert (state["own"].dtype, state["elsewhere"].dtype) == (torch.bfloat16, torch.float32)
