@@ -1,11 +1,18 @@
 """From a state into the objects of a run: optimizer, schedule and scaler, where the state left them."""
 
 from collections.abc import Collection, Mapping
-from typing import Any
+from typing import Any, Final
+
+import torch
+from torch import Tensor
 
 from library.errors import Problem, UserError, raise_if_any
 from library.training.schedule_classes import restore_schedule, use_rates
 from library.training.states import TrainingState
+from library.training.updates import raw_optimizer
+
+_PAGED: Final = frozenset({"state1", "state2"})
+"""What bitsandbytes pages of the state of a weight."""
 
 
 def restore(
@@ -38,7 +45,7 @@ def restore(
         raise_if_any(_other_optimizer(optimizer, state.optimizer))
     try:
         if state.optimizer is not None:
-            optimizer.load_state_dict(dict(state.optimizer))
+            _load(optimizer, state.optimizer)
             _keep_dtypes(optimizer, state.optimizer)
         if at is None:
             restore_schedule(optimizer, scheduler, state.scheduler, fresh, at=state.step)
@@ -71,6 +78,29 @@ def _other_optimizer(optimizer: Any, saved: Mapping[str, Any]) -> list[Problem]:
             remedy="Continue with the optimizer that the state was saved with.",
         )
     ]
+
+
+def _load(optimizer: Any, saved: Mapping[str, Any]) -> None:
+    raw: Any = raw_optimizer(optimizer)
+    if not getattr(raw, "is_paged", False):
+        optimizer.load_state_dict(dict(saved))
+        return
+    # Moved by bitsandbytes, all of it would lie on the GPU, which may not have the room.
+    raw.load_state_dict(dict(saved), move_to_device=False)
+    for parameter in (parameter for group in raw.param_groups for parameter in group["params"]):
+        state = raw.state.get(parameter, {})
+        tensors = {name: value for name, value in state.items() if isinstance(value, Tensor)}
+        state.update({name: _placed(raw, parameter, name, value) for name, value in tensors.items()})
+
+
+def _placed(optimizer: Any, parameter: Tensor, name: str, value: Tensor) -> Tensor:
+    """``value`` where a new state of ``optimizer``, of bitsandbytes, would have it: paged or beside the parameter."""
+    # It can make no pages of another kind; the average of two moments has another shape.
+    is_pageable = value.dtype in (torch.float32, torch.uint8) and value.shape == parameter.shape
+    if name not in _PAGED or not is_pageable:
+        return value.to(parameter.device)
+    buffer: Tensor = optimizer.get_state_buffer(parameter, dtype=value.dtype)
+    return buffer.copy_(value)
 
 
 def _keep_dtypes(optimizer: Any, saved: Mapping[str, Any]) -> None:

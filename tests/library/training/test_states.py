@@ -76,7 +76,7 @@ class Run:
         return self
 
 
-@pytest.mark.parametrize("name", ["AdamW", "AdamW8bit", "Lion", "SGDNesterov"])
+@pytest.mark.parametrize("name", ["AdamW", "AdamW8bit", "PagedAdamW8bit", "Lion", "SGDNesterov"])
 def test_continuing_equals_the_uninterrupted_run(tmp_path, name):
     whole = Run(name).train(10)
     Run(name).train(4).save(tmp_path / "toy-state")
@@ -86,6 +86,30 @@ def test_continuing_equals_the_uninterrupted_run(tmp_path, name):
         assert torch.equal(one, other)
     untouched = Run(name)
     assert not torch.equal(untouched.module[0].weight, whole.module[0].weight)
+
+
+@pytest.mark.parametrize("name", ["PagedAdamW", "PagedAdamW8bit", "PagedLion8bit"])
+def test_what_is_paged_is_paged_again(tmp_path, name):
+    """A stand-in for pages, which only a GPU has: memory that its optimizer has marked."""
+    saved = Run(name).train(4)
+    saved.save(tmp_path / "toy-state")
+    other = Run(name)
+    make = other.optimizer.get_state_buffer
+
+    def paged(parameter, dtype):
+        buffer = make(parameter, dtype=dtype)
+        buffer.is_paged = True
+        return buffer
+
+    other.optimizer.get_state_buffer = paged
+    other.load(tmp_path / "toy-state")
+    for one, mine in zip(saved.module.parameters(), other.module.parameters(), strict=True):
+        before, after = saved.optimizer.state[one], other.optimizer.state[mine]
+        assert before.keys() == after.keys()
+        marked = {entry for entry, value in after.items() if getattr(value, "is_paged", False)}
+        assert marked == {"state1", "state2"} & before.keys()
+        for entry, value in before.items():
+            assert after[entry] == value if entry == "step" else torch.equal(after[entry], value)
 
 
 def test_folder_holds_exactly_these_files(tmp_path):
