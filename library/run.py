@@ -1,6 +1,7 @@
 """One training run around a method: plan, optimizer, resuming, hooks, the loop, and what is said at the end."""
 
 import logging
+import traceback
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, fields
@@ -380,9 +381,12 @@ class _Run:
 
         try:
             yield note
-        except Exception:
+        except Exception as error:
             if done > start_step and not update.has_begun:
                 log.error("the run ends after step %d, where model and state are saved", done)
+                # The variables of the step that failed hold its activations, and saving may need their memory.
+                traceback.clear_frames(error.__traceback__)
+                self._runtime.release_memory()
                 hooks.save_after_failure(done)
             raise
 

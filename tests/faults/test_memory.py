@@ -4,6 +4,8 @@ import os
 import re
 import subprocess
 import sys
+import traceback
+import weakref
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -69,6 +71,34 @@ def test_the_message_and_what_is_left(
     }
     resumed = train(tmp_path / "out", *given, f"--resume={tmp_path / 'out' / 'thing-step00000002-state'}")
     assert resumed.tensor_hash(RESULT) == plain(4).tensor_hash(RESULT)
+
+
+def test_what_the_failed_step_held_is_gone_when_the_save_runs(
+    model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from library.hooks import Hooks
+    from library.task import DenoisingTask
+
+    original, save, held, alive = DenoisingTask.losses, Hooks.save_after_failure, [], []
+
+    def losses(self: Any, batch: Any, context: torch.Tensor) -> torch.Tensor:
+        found = original(self, batch, context)
+        if batch.step + 1 == 3:
+            held.append(weakref.ref(found))
+            raise ERRORS["cuda"]
+        return found
+
+    def watched(self: Hooks, step: int) -> None:
+        alive.extend(one() is not None for one in held)
+        save(self, step)
+
+    monkeypatch.setattr(DenoisingTask, "losses", losses)
+    monkeypatch.setattr(Hooks, "save_after_failure", watched)
+    with pytest.raises(UserError, match="memory ran out") as caught:
+        train(tmp_path / "out", *arguments(model, tmp_path))
+    assert alive == [False]
+    assert "in losses" in "".join(traceback.format_exception(caught.value))
+    assert "thing-step00000002-state" in names(tmp_path / "out")
 
 
 def test_what_is_on_already_is_not_advised(model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
