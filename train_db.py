@@ -153,7 +153,7 @@ def train(options: Options, inputs: "Inputs") -> int:
 
     # The model: trained parts stay in fp32, the others have the precision of the run.
     model = load_trained_model(options.model, options.prompts, parts, runtime)
-    use_attention(model.unet, model.deferred_vae.structure, options.attention)
+    use_attention(model.unet, model.deferred_vae, options.attention, dtype=runtime.weight_dtype)
 
     # What is learnt.
     text: TextConditioning

@@ -141,7 +141,7 @@ def train(options: Options, inputs: "Inputs") -> int:
 
     # The base model: frozen, in the precision of the run, or narrower.
     model = load_stable_diffusion(options.model, options.prompts, dtype=runtime.weight_dtype)
-    use_attention(model.unet, model.deferred_vae.structure, options.attention)
+    use_attention(model.unet, model.deferred_vae, options.attention, dtype=runtime.weight_dtype)
 
     # The network: its own weights stay in fp32.
     network = build_network(

@@ -53,7 +53,7 @@ def train(options: Options, inputs: "Inputs", rewording: Rewording) -> int:
     # The model: frozen, in the precision of the run. The new word's embeddings stay in fp32.
     model = load_stable_diffusion(options.model, options.prompts, dtype=runtime.weight_dtype)
     narrow_base(model, options.runtime, dtype=runtime.weight_dtype)
-    use_attention(model.unet, model.deferred_vae.structure, options.attention)
+    use_attention(model.unet, model.deferred_vae, options.attention, dtype=runtime.weight_dtype)
     learnt = teach(model, options.embedding, seed=runtime.seed)
 
     task = DenoisingTask.of(

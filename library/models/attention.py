@@ -1,13 +1,14 @@
 """Which attention the U-Net and the VAE compute: PyTorch's own, xformers', or one that needs least memory."""
 
 import logging
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from itertools import product
 from typing import Any, Final
 
 import torch
 from torch import Tensor
 
+from library.models.deferred import DeferredModule
 from library.models.options import AttentionOptions
 
 _LOG = logging.getLogger(__name__)
@@ -15,7 +16,7 @@ _QUERY_CHUNK: Final = 1024
 _KEY_CHUNK: Final = 1024
 
 
-def use_attention(unet: Any, vae: Any, options: AttentionOptions) -> str:
+def use_attention(unet: Any, vae: DeferredModule, options: AttentionOptions, *, dtype: torch.dtype) -> str:
     """Set the attention of the U-Net and the VAE.
 
     ``--mem_eff_attn`` wins over ``--xformers``, which wins over ``--sdpa``; without any of them it is SDPA. Where
@@ -23,45 +24,62 @@ def use_attention(unet: Any, vae: Any, options: AttentionOptions) -> str:
 
     Args:
         unet: A ``UNet2DConditionModel``.
-        vae: An ``AutoencoderKL``, or None.
+        vae: An ``AutoencoderKL``, which may take its weights later.
         options: What was asked for.
+        dtype: What the U-Net computes attention in.
 
     Returns:
-        What is used: ``"mem_eff_attn"``, ``"xformers"`` or ``"sdpa"``.
+        What the U-Net uses: ``"mem_eff_attn"``, ``"xformers"`` or ``"sdpa"``.
     """
     from diffusers.models.attention_processor import AttnProcessor2_0, XFormersAttnProcessor
 
-    name, processor = "sdpa", AttnProcessor2_0
+    name, of_unet, of_vae = "sdpa", AttnProcessor2_0, AttnProcessor2_0
     if options.mem_eff_attn:
-        name, processor = "mem_eff_attn", MemoryEfficientProcessor
+        name, of_unet, of_vae = "mem_eff_attn", MemoryEfficientProcessor, MemoryEfficientProcessor
     elif options.xformers:
-        fault = _xformers_fault()
-        if fault is None:
-            name, processor = "xformers", XFormersAttnProcessor
-        else:
+        if fault := _fault(lambda: _attend_as_unet(dtype)):
             _LOG.warning(
                 "--xformers cannot be used (%s); PyTorch's scaled dot product attention is used instead", fault
             )
-    for module in (unet, vae):
-        if module is not None:
-            module.set_attn_processor(processor())
+        else:
+            name, of_unet, of_vae = "xformers", XFormersAttnProcessor, XFormersAttnProcessor
+            if fault := _fault(lambda: _attend_as_vae(vae.dtype)):
+                of_vae = AttnProcessor2_0
+                _LOG.warning(
+                    "--xformers is used for the U-Net alone; the VAE uses PyTorch's scaled dot product attention (%s)",
+                    fault,
+                )
+    unet.set_attn_processor(of_unet())
+    vae.structure.set_attn_processor(of_vae())
     return name
 
 
-def _xformers_fault() -> str | None:
-    """Why xformers does not work here, or None: it must import, have a GPU, and run forwards and backwards."""
+def _fault(attend: Callable[[], None]) -> str | None:
+    """Why xformers does not compute ``attend`` here, or None: it must import, have a GPU, and run."""
     if not torch.cuda.is_available():
         return "it needs a CUDA device"
     try:
-        import xformers.ops
-
-        query = torch.randn(1, 16, 2, 40, device="cuda", dtype=torch.float16, requires_grad=True)
-        xformers.ops.memory_efficient_attention(query, query, query).sum().backward()
+        attend()
     except ImportError:
         return "it is not installed"
     except (RuntimeError, NotImplementedError, ValueError, OSError) as error:
         return str(error).splitlines()[0] if str(error) else type(error).__name__
     return None
+
+
+def _attend_as_unet(dtype: torch.dtype) -> None:
+    import xformers.ops
+
+    query = torch.randn(1, 16, 2, 40, device="cuda", dtype=dtype, requires_grad=True)
+    xformers.ops.memory_efficient_attention(query, query, query).sum().backward()
+
+
+def _attend_as_vae(dtype: torch.dtype) -> None:
+    """One head, larger than some kernels take; the VAE is not trained."""
+    import xformers.ops
+
+    query = torch.randn(1, 64, 1, 512, device="cuda", dtype=dtype)
+    xformers.ops.memory_efficient_attention(query, query, query)
 
 
 def memory_efficient_attention(

@@ -37,6 +37,14 @@ class DeferredModule:
         return made
 
     @property
+    def dtype(self) -> torch.dtype:
+        """What the weights are, or will be."""
+        if self._waiting is not None:
+            return self._dtype
+        dtype: torch.dtype = self.structure.dtype
+        return dtype
+
+    @property
     def module(self) -> Any:
         """The module with its weights."""
         if self._waiting is not None:

@@ -1,10 +1,13 @@
 import logging
+import sys
+from types import ModuleType
 
 import pytest
 import torch
 from torch.nn import functional
 
 from library.models.attention import memory_efficient_attention, use_attention
+from library.models.deferred import DeferredModule
 from library.models.options import AttentionOptions
 from tests.tiny import tiny_parts
 
@@ -68,21 +71,29 @@ def gradients_and_outputs(parts):
     return prediction, pixels, posterior, by_latents, by_context
 
 
+def set_attention(parts, options, dtype=torch.float32):
+    return use_attention(parts.unet, DeferredModule.of(parts.vae), options, dtype=dtype)
+
+
+def processors(module):
+    return {type(one).__name__ for one in module.attn_processors.values()}
+
+
 def test_mem_eff_attn_equals_sdpa_in_unet_and_vae():
     parts = tiny_parts("sd1")
-    assert use_attention(parts.unet, parts.vae, AttentionOptions()) == "sdpa"
+    assert set_attention(parts, AttentionOptions()) == "sdpa"
     expected = gradients_and_outputs(parts)
 
-    assert use_attention(parts.unet, parts.vae, AttentionOptions(mem_eff_attn=True, xformers=True)) == "mem_eff_attn"
+    assert set_attention(parts, AttentionOptions(mem_eff_attn=True, xformers=True)) == "mem_eff_attn"
 
-    assert {type(p).__name__ for p in parts.unet.attn_processors.values()} == {"MemoryEfficientProcessor"}
+    assert processors(parts.unet) == {"MemoryEfficientProcessor"}
     for ours, theirs in zip(gradients_and_outputs(parts), expected, strict=True):
         torch.testing.assert_close(ours, theirs, atol=1e-5, rtol=1e-5)
 
 
 def test_mem_eff_attn_works_inside_gradient_checkpointing():
     parts = tiny_parts("sd1")
-    use_attention(parts.unet, parts.vae, AttentionOptions(mem_eff_attn=True))
+    set_attention(parts, AttentionOptions(mem_eff_attn=True))
     expected = gradients_and_outputs(parts)
 
     parts.unet.enable_gradient_checkpointing()
@@ -96,8 +107,48 @@ def test_mem_eff_attn_works_inside_gradient_checkpointing():
 def test_xformers_falls_back_to_sdpa_with_one_warning(caplog):
     parts = tiny_parts("sd1")
     with caplog.at_level(logging.WARNING):
-        used = use_attention(parts.unet, parts.vae, AttentionOptions(xformers=True))
+        used = set_attention(parts, AttentionOptions(xformers=True))
     assert used == "sdpa"
     assert len(caplog.records) == 1
     assert "CUDA" in caplog.text
-    assert {type(p).__name__ for p in parts.unet.attn_processors.values()} == {"AttnProcessor2_0"}
+    assert processors(parts.unet) == {"AttnProcessor2_0"}
+
+
+@pytest.fixture
+def tried(monkeypatch):
+    """A stand-in for xformers on a GPU, which takes heads of up to 256 and no float16; the shapes that it was given."""
+    shapes, draw = [], torch.randn
+
+    def attend(query, key, value):
+        shapes.append((*query.shape[2:], query.dtype))
+        if query.shape[-1] > 256 or query.dtype == torch.float16:
+            raise NotImplementedError("No operator found\nfor this head")
+        return functional.scaled_dot_product_attention(query, key, value)
+
+    package, ops = ModuleType("xformers"), ModuleType("xformers.ops")
+    package.ops, ops.memory_efficient_attention = ops, attend
+    monkeypatch.setitem(sys.modules, "xformers", package)
+    monkeypatch.setitem(sys.modules, "xformers.ops", ops)
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch, "randn", lambda *shape, device, **more: draw(*shape, **more))
+    return shapes
+
+
+def test_xformers_is_tried_as_the_run_needs_it_and_the_vae_can_go_without(tried, caplog):
+    parts = tiny_parts("sd1")
+    parts.vae.to(torch.bfloat16)
+    with caplog.at_level(logging.WARNING):
+        assert set_attention(parts, AttentionOptions(xformers=True)) == "xformers"
+    assert tried == [(2, 40, torch.float32), (1, 512, torch.bfloat16)]
+    assert processors(parts.unet) == {"XFormersAttnProcessor"}
+    assert processors(parts.vae) == {"AttnProcessor2_0"}
+    (record,) = (record for record in caplog.records if record.name == "library.models.attention")
+    assert "the VAE uses PyTorch's scaled dot product attention (No operator found)" in record.getMessage()
+
+
+def test_xformers_without_a_kernel_for_the_precision_is_left_out(tried, caplog):
+    parts = tiny_parts("sd1")
+    with caplog.at_level(logging.WARNING):
+        assert set_attention(parts, AttentionOptions(xformers=True), torch.float16) == "sdpa"
+    assert len(caplog.records) == 1
+    assert processors(parts.unet) == processors(parts.vae) == {"AttnProcessor2_0"}
