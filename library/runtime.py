@@ -18,7 +18,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from library.documents import printable_lines
-from library.errors import Problem, UserError, raise_if_any
+from library.errors import Problem, UserError, first_line, raise_if_any
 from library.messages import KeepMessages
 from library.runtime_options import ConsoleOptions, RuntimeOptions
 from library.scrubbing import Scrubber
@@ -184,8 +184,8 @@ def start_runtime(options: RuntimeOptions, *, find_unused_parameters: bool, seed
         seed: Seed of the run where the options give none; drawn where there is none either.
 
     Raises:
-        UserError: fp16 was asked for where it cannot be trained, a backend of torch.compile is not there, or the
-            launcher's configuration divides weights among processes.
+        UserError: fp16 was asked for where it cannot be trained, a backend of torch.compile is not there, torch has
+            no kernels for the GPU, or the launcher's configuration divides weights among processes.
     """
     raise_if_any(_launcher_problems())
     # A worker process forks after the tokenizer has been used; its thread pool would not survive that.
@@ -200,6 +200,7 @@ def start_runtime(options: RuntimeOptions, *, find_unused_parameters: bool, seed
         _return_large_blocks()
     # Under torchrun without a GPU, Accelerate starts independent single runs unless it is told to use the CPU.
     accelerator = _accelerator(options, cpu=not has_accelerator, find_unused_parameters=find_unused_parameters)
+    _check_kernels(accelerator.device)
     if options.mixed_precision == "fp16" and accelerator.device.type == "cpu":
         raise UserError(
             "fp16 cannot be trained on a CPU (it would silently be fp32)",
@@ -268,6 +269,30 @@ def _launcher_problems() -> list[Problem]:
         for name, reason in reasons.items()
         if os.environ.get(name, "false").lower() in ("true", "1")
     ]
+
+
+def _check_kernels(device: "torch.device") -> None:
+    """Refuse a GPU that torch finds, but was not built for.
+
+    Raises:
+        UserError: Naming what the GPU is and what torch was built for.
+    """
+    import torch
+
+    if device.type != "cuda":
+        return
+    try:
+        torch.ones(1, device=device) + 1
+    except torch.OutOfMemoryError:
+        raise
+    except RuntimeError as error:
+        major, minor = torch.cuda.get_device_capability(device)
+        raise UserError(
+            f"torch {torch.__version__} cannot compute on this GPU, which is sm_{major}{minor}; it is built for "
+            f"{', '.join(torch.cuda.get_arch_list())} ({first_line(error)})",
+            where=_device_name(device),
+            remedy="Install an older torch that is still built for this GPU; docs/installation.md says how.",
+        ) from error
 
 
 def _check_compiler(backend: str) -> None:

@@ -9,7 +9,14 @@ from torch import nn
 
 from library.errors import UserError
 from library.options import parse_options
-from library.runtime import Runtime, _launcher_notices, _unscale_fp16_gradients, _use_tf32, start_runtime
+from library.runtime import (
+    Runtime,
+    _check_kernels,
+    _launcher_notices,
+    _unscale_fp16_gradients,
+    _use_tf32,
+    start_runtime,
+)
 from library.runtime_options import DeepSpeedOptions, RuntimeOptions
 from library.training.updates import StepFacts, WholeUpdate
 from tests.library.parsing import parse, problems_of
@@ -130,6 +137,26 @@ def test_a_backend_that_is_not_there_is_refused_with_those_that_are() -> None:
     with pytest.raises(UserError, match="inductor") as error:
         start_runtime(RuntimeOptions(seed=3, torch_compile=True, dynamo_backend="fx2trt"), find_unused_parameters=False)
     assert "no backend 'fx2trt'" in str(error.value)
+
+
+def test_a_gpu_that_torch_is_not_built_for_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    def ones(*_: object, **__: object) -> torch.Tensor:
+        raise error
+
+    _check_kernels(torch.device("cpu"))
+    monkeypatch.setattr(torch, "ones", ones)
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (6, 1))
+    monkeypatch.setattr(torch.cuda, "get_arch_list", lambda: ["sm_75", "sm_80"])
+    monkeypatch.setattr(torch.cuda, "get_device_name", lambda device: "GTX 1080")
+    error = RuntimeError("CUDA error: no kernel image is available\nCompile with TORCH_USE_CUDA_DSA")
+    with pytest.raises(UserError, match=r"sm_61; it is built for sm_75, sm_80 \(CUDA error: no kernel") as caught:
+        _check_kernels(torch.device("cuda:0"))
+    (problem,) = caught.value.problems
+    assert problem.where == "cuda:0 (GTX 1080)"
+    assert "an older torch" in (problem.remedy or "")
+    error = torch.OutOfMemoryError("CUDA out of memory")
+    with pytest.raises(torch.OutOfMemoryError):
+        _check_kernels(torch.device("cuda:0"))
 
 
 def test_tf32_is_set_on_a_gpu_and_nowhere_else(caplog: pytest.LogCaptureFixture) -> None:
