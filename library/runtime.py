@@ -216,7 +216,11 @@ def start_runtime(options: RuntimeOptions, *, find_unused_parameters: bool, seed
         log.warning("training on the CPU although there seems to be a GPU. %s", advice)
     dtype = {"no": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}[options.mixed_precision]
     world = int(accelerator.num_processes)
-    for notice in (*options.process_notices(world), *_launcher_notices(options, world, has_accelerator)):
+    for notice in (
+        *options.process_notices(world),
+        *_launcher_notices(options, world, has_accelerator),
+        *_emulation_notices(options, accelerator.device),
+    ):
         log.warning(notice)
     if options.full_fp16:
         _unscale_fp16_gradients(accelerator.scaler)
@@ -370,6 +374,19 @@ def _agree_on_seed(seed: int | None, accelerator: Any) -> int:
     broadcast_object_list(drawn)
     log.info("seed: %d (drawn; give --seed=%d to repeat this run)", drawn[0], drawn[0])
     return int(drawn[0])
+
+
+def _emulation_notices(options: RuntimeOptions, device: "torch.device") -> Iterator[str]:
+    """Whether bf16 is computed by detours."""
+    import torch
+
+    if options.mixed_precision != "bf16" or device.type != "cuda":
+        return
+    if not torch.cuda.is_bf16_supported(including_emulation=False):
+        yield (
+            f"{_device_name(device)} has no bf16 of its own (NVIDIA's have from RTX 30 on), which makes it slow: "
+            "give --mixed_precision=fp16"
+        )
 
 
 def _launcher_notices(options: RuntimeOptions, world: int, has_accelerator: bool) -> Iterator[str]:

@@ -12,6 +12,7 @@ from library.options import parse_options
 from library.runtime import (
     Runtime,
     _check_kernels,
+    _emulation_notices,
     _launcher_notices,
     _unscale_fp16_gradients,
     _use_tf32,
@@ -157,6 +158,25 @@ def test_a_gpu_that_torch_is_not_built_for_is_refused(monkeypatch: pytest.Monkey
     error = torch.OutOfMemoryError("CUDA out of memory")
     with pytest.raises(torch.OutOfMemoryError):
         _check_kernels(torch.device("cuda:0"))
+
+
+@pytest.mark.parametrize(
+    ("precision", "device", "native", "told"),
+    [
+        ("bf16", "cuda", False, ["--mixed_precision=fp16"]),
+        ("bf16", "cuda", True, []),
+        ("fp16", "cuda", False, []),
+        ("bf16", "cpu", False, []),
+    ],
+)
+def test_bf16_that_a_gpu_emulates_is_told(
+    precision: str, device: str, native: bool, told: list[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(torch.cuda, "is_bf16_supported", lambda including_emulation: native or including_emulation)
+    monkeypatch.setattr(torch.cuda, "get_device_name", lambda device: "RTX 2070")
+    notices = list(_emulation_notices(RuntimeOptions(mixed_precision=precision), torch.device(device)))
+    assert [notice.rpartition(" ")[2] for notice in notices] == told
+    assert all("RTX 2070" in notice for notice in notices)
 
 
 def test_tf32_is_set_on_a_gpu_and_nowhere_else(caplog: pytest.LogCaptureFixture) -> None:
