@@ -2,10 +2,10 @@
 
 import logging
 import math
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
 from dataclasses import dataclass
-from typing import Any, Protocol
+from typing import Any, Final, Protocol
 
 import torch
 from torch import Tensor
@@ -16,6 +16,10 @@ from library.runtime import Runtime
 from library.training.rounding import widened
 
 log = logging.getLogger(__name__)
+
+_PORTION: Final = 1 << 24
+"""Values of weights in bf16 that are stepped at a time: the small ones of a network in one call or a few, and in less
+memory than the largest weight of a whole model takes by itself (29.5 million values)."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -105,8 +109,7 @@ class WholeUpdate:
         if self._steps.has_narrow_weights and self._coupled:
             self._steps.make_together(step)
         elif self._steps.has_narrow_weights:
-            for number, parameter in enumerate(self._steps.parameters):
-                self._steps.make(number, parameter, step)
+            self._steps.make_in_portions(step)
         else:
             self._optimizer.step()
             self.was_skipped = bool(self._optimizer.step_was_skipped)
@@ -163,7 +166,7 @@ class FusedUpdate:
             # A weight whose gradient is not finite keeps its value; the run ends after the pass.
             if math.isfinite(float(square)):
                 self.has_begun = True
-                self._steps.make(number, parameter, step)
+                self._steps.make(number, step)
             parameter.grad = None
 
         return update
@@ -179,10 +182,11 @@ class FusedUpdate:
 
 
 class ParameterSteps:
-    """An optimizer's steps, one parameter at a time.
+    """An optimizer's steps, for one or some parameters at a time.
 
     Args:
-        optimizer: The optimizer; :meth:`make` asks that it treats parameters independently of each other.
+        optimizer: The optimizer; all but :meth:`make_together` ask that it treats parameters independently of each
+            other.
         seed: Seed of the run.
     """
 
@@ -199,36 +203,57 @@ class ParameterSteps:
         """Whether trained weights are kept in bf16."""
         return any(parameter.dtype == torch.bfloat16 for parameter in self.parameters)
 
-    def make(self, number: int, parameter: Tensor, step: int) -> None:
-        """Make ``step`` for the parameter at position ``number``; one without a gradient stays."""
-        if parameter.grad is None:
-            return
-        if parameter.dtype != torch.bfloat16:
-            self._step_only(number, parameter)
-            return
-        with self._widened(number, parameter, step):
-            self._step_only(number, parameter)
+    def make(self, number: int, step: int) -> None:
+        """Make ``step`` for the parameter at position ``number``, which has a gradient."""
+        self._make([number], step)
+
+    def make_in_portions(self, step: int) -> None:
+        """Make ``step`` for all parameters: the result is that of one by one, with fewer calls."""
+        for numbers in self._portions():
+            self._make(numbers, step)
 
     def make_together(self, step: int) -> None:
         """Make ``step`` for all parameters at once, for an optimizer that looks at all of them."""
-        with ExitStack() as stack:
-            for number, parameter in enumerate(self.parameters):
-                if parameter.grad is not None and parameter.dtype == torch.bfloat16:
-                    stack.enter_context(self._widened(number, parameter, step))
+        with self._widened(range(len(self.parameters)), step):
             self._optimizer.step()
 
-    def _widened(self, number: int, parameter: Tensor, step: int) -> AbstractContextManager[None]:
-        generator = torch.Generator(parameter.device).manual_seed(key(self._seed, "rounding", step, number))
-        return widened(parameter, self._optimizer.state[parameter], generator)
+    def _portions(self) -> Iterator[list[int]]:
+        """Positions of parameters with a gradient: neighbours in a group, up to a size."""
+        portion: list[int] = []
+        size = 0
+        for number, parameter in enumerate(self.parameters):
+            if parameter.grad is None:
+                continue
+            is_full = size + parameter.numel() > _PORTION
+            if portion and (is_full or self._group_of[number] is not self._group_of[portion[0]]):
+                yield portion
+                portion, size = [], 0
+            portion.append(number)
+            size += parameter.numel()
+        if portion:
+            yield portion
 
-    def _step_only(self, number: int, parameter: Tensor) -> None:
-        optimizer, group = self._optimizer, self._group_of[number]
+    def _make(self, numbers: Sequence[int], step: int) -> None:
+        """Make ``step`` for parameters of one group."""
+        optimizer, group = self._optimizer, self._group_of[numbers[0]]
         groups, members = optimizer.param_groups, group["params"]
-        try:
-            group["params"], optimizer.param_groups = [parameter], [group]
-            optimizer.step()
-        finally:
-            group["params"], optimizer.param_groups = members, groups
+        with self._widened(numbers, step):
+            try:
+                group["params"], optimizer.param_groups = [self.parameters[number] for number in numbers], [group]
+                optimizer.step()
+            finally:
+                group["params"], optimizer.param_groups = members, groups
+
+    @contextmanager
+    def _widened(self, numbers: Iterable[int], step: int) -> Iterator[None]:
+        """Inside the block, those of the parameters that are in bf16 and have a gradient are in float32."""
+        with ExitStack() as stack:
+            for number in numbers:
+                parameter = self.parameters[number]
+                if parameter.grad is not None and parameter.dtype == torch.bfloat16:
+                    generator = torch.Generator(parameter.device).manual_seed(key(self._seed, "rounding", step, number))
+                    stack.enter_context(widened(parameter, self._optimizer.state[parameter], generator))
+            yield
 
 
 def raw_optimizer(optimizer: Any) -> torch.optim.Optimizer:

@@ -8,6 +8,7 @@ from torch import Tensor, nn
 
 from library.errors import UserError
 from library.runtime import Runtime
+from library.training import updates
 from library.training.optimizers import build_optimizer
 from library.training.options import OptimizerOptions
 from library.training.updates import FusedUpdate, StepFacts, Update, WholeUpdate
@@ -121,6 +122,43 @@ def test_bf16_weights_follow_the_fp32_ones_and_continue_exactly(name: str, fused
         assert torch.equal(other, third)
         # Rates of 1e-2 over 6 steps move a weight by up to 0.06.
         assert float((one - other.float()).abs().mean()) < 0.01
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_bf16_weights_stepped_in_portions_are_those_stepped_one_by_one(
+    name: str, runtime: Runtime, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """5120, 80, 80 and 1 values in two groups: a portion ends with its group, or before it is too large."""
+
+    def trained(portion: int) -> tuple[nn.Module, list[list[int]]]:
+        monkeypatch.setattr(updates, "_PORTION", portion)
+        module, sizes = network(torch.bfloat16), []
+        optimizer = optimizer_for(name, module)
+        optimizer.register_step_pre_hook(
+            lambda of, *_: sizes.append([one.numel() for group in of.param_groups for one in group["params"]])
+        )
+        steps(module, WholeUpdate(optimizer, runtime, max_grad_norm=0), 0, 3)
+        return module, sizes
+
+    alone, singly = trained(0)
+    assert singly == [[5120], [80], [80], [1]] * 3
+    for portion, expected in ((1 << 24, [[5120], [80, 80, 1]]), (160, [[5120], [80, 80], [1]])):
+        together, portions = trained(portion)
+        assert portions == expected * 3
+        for one, other in zip(alone.parameters(), together.parameters(), strict=True):
+            assert torch.equal(one, other)
+
+
+def test_a_bf16_weight_without_a_gradient_stays(runtime: Runtime) -> None:
+    module = network(torch.bfloat16)
+    before = copy.deepcopy(module.state_dict())
+    optimizer = optimizer_for("AdamW", module)
+    loss_of(module, 0).backward()
+    module[2].weight.grad = None
+    WholeUpdate(optimizer, runtime, max_grad_norm=0).apply(StepFacts(step=0, loss=1.0, images="one.png"))
+    changed = {name for name, value in module.state_dict().items() if not torch.equal(value, before[name])}
+    assert changed == {"0.weight", "0.bias", "2.bias"}
+    assert all(len(group["params"]) == count for group, count in zip(optimizer.param_groups, (1, 3), strict=True))
 
 
 def test_coupled_optimizers_step_all_bf16_weights_together(runtime: Runtime) -> None:
