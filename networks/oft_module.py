@@ -73,7 +73,8 @@ class OFTModule(nn.Module):
             skew = skew * (self._largest_norm / norm.clamp(min=self._largest_norm))
             identity = torch.eye(skew.shape[-1], device=skew.device)
             # (I + Q)(I - Q)^-1 - I = 2 (I - Q)^-1 Q
-            turn: Tensor = torch.linalg.solve(identity - skew, 2 * skew)
+            # Always solvable; torch.linalg.solve would wait for the GPU to look whether it is.
+            turn: Tensor = torch.linalg.solve_ex(identity - skew, 2 * skew)[0]
             return turn
 
     def forward(self, x: Tensor) -> Tensor:

@@ -6,6 +6,7 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 from torch import nn
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from library.errors import UserError
 from networks.oft import create_network, create_network_from_weights
@@ -101,6 +102,23 @@ def test_a_new_module_changes_nothing_and_gets_a_gradient(kind):
     layer(x).exp().sum().backward()
     assert torch.isfinite(module.oft_blocks.grad).all()
     assert module.oft_blocks.grad.abs().max() > 0
+
+
+def test_nothing_waits_for_the_gpu():
+    """These operations read a result on the CPU; on a GPU they wait for everything before them."""
+    called = set()
+
+    class Noting(TorchDispatchMode):
+        def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+            called.add(func.__name__.partition(".")[0])
+            return func(*args, **(kwargs or {}))
+
+    layer, module, x = make()
+    module.attach()
+    with Noting():
+        layer(x).exp().sum().backward()
+    assert "_linalg_solve_ex" in called
+    assert not called & {"_local_scalar_dense", "_linalg_check_errors", "is_nonzero"}
 
 
 def test_strength():
