@@ -54,8 +54,10 @@ class Batch:
     mask: Tensor | None = None
     is_padding: bool = False
 
-    def to(self, device: torch.device | str, *, non_blocking: bool = False) -> "Batch":
-        """The same batch on ``device``."""
+    def to(self, device: torch.device | str) -> "Batch":
+        """The same batch on ``device``; a GPU copies while the program goes on."""
+        # From memory that is not page-locked, CUDA waits of itself; other devices may read what is not there yet.
+        non_blocking = torch.device(device).type == "cuda"
         return self._mapped(lambda tensor: tensor.to(device, non_blocking=non_blocking))
 
     def pin_memory(self) -> "Batch":

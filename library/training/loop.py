@@ -79,7 +79,7 @@ def fit(
         while step < length.total_steps:
             shape = shape_of(step)
             try:
-                micro_batches = [batch.to(runtime.device) for batch in islice(stream, shape.micro_batches)]
+                micro_batches = list(islice(stream, shape.micro_batches))
             except UserError:
                 if interruption.requested:
                     # A signal to the whole process group has ended the loader's workers, too.
@@ -170,7 +170,8 @@ def _accumulate(
             seed = key(runtime.seed, "step", batch.step, *batch.examples)
             random.seed(seed)
             torch.manual_seed(seed)
-            loss = module(batch).sum()
+            # Only now, so that the GPU holds one of them at a time.
+            loss = module(batch.to(runtime.device)).sum()
             # DDP averages gradients over processes: times world makes the sum, and the step's mean is over examples.
             accelerator.backward(loss * (runtime.world / shape.examples))
         total[0] += loss.detach()

@@ -22,7 +22,7 @@ class MicroBatch(Protocol):
     def examples(self) -> tuple[int, ...]:
         """The numbers of its examples."""
 
-    def to(self, device: torch.device, *, non_blocking: bool = False) -> Self:
+    def to(self, device: torch.device) -> Self:
         """The same batch on ``device``."""
 
 

@@ -169,6 +169,15 @@ def test_a_batch_moves_as_a_whole(tmp_path):
     assert same(batch.to(torch.device("cpu")), batch)
 
 
+@pytest.mark.parametrize(("device", "expected"), [("cuda", {True}), ("cuda:1", {True}), ("cpu", {False})])
+def test_only_for_a_gpu_the_program_goes_on(device, expected, tmp_path, monkeypatch):
+    batch = make_dataset(make_data(tmp_path), tokenize=tokenize_weighted)[MicroBatch(1, 0, (0, 1))]
+    goes_on = set()
+    monkeypatch.setattr(torch.Tensor, "to", lambda self, device, non_blocking: goes_on.add(non_blocking) or self)
+    batch.to(device)
+    assert goes_on == expected
+
+
 def test_a_damaged_image_is_named(tmp_path):
     data = make_data(tmp_path)
     path = data.records[1].path

@@ -3,6 +3,7 @@
 import math
 import os
 import signal
+import weakref
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -29,7 +30,7 @@ class Batch:
     examples: tuple[int, ...]
     x: Tensor
 
-    def to(self, device: torch.device, *, non_blocking: bool = False) -> "Batch":
+    def to(self, device: torch.device) -> "Batch":
         return self
 
 
@@ -241,3 +242,22 @@ def test_epochs_win_over_steps() -> None:
     assert (by_steps.total_steps, by_steps.epochs) == (10, 3)
     assert (by_epochs.total_steps, by_epochs.epochs) == (8, 2)
     assert [by_steps.epoch_of(step) for step in (0, 3, 4, 9)] == [1, 1, 2, 3]
+
+
+def test_a_step_holds_one_of_its_batches_on_the_device_at_a_time() -> None:
+    moved: list[weakref.ref[Tensor]] = []
+    alive: list[int] = []
+
+    @dataclass(frozen=True)
+    class Counted(Batch):
+        def to(self, device: torch.device) -> Batch:
+            alive.append(sum(one() is not None for one in moved))
+            copy = self.x.clone()
+            moved.append(weakref.ref(copy))
+            return Batch(self.step, self.examples, copy)
+
+    plain = batches(2, parts=4)
+    method, _ = train([Counted(one.step, one.examples, one.x) for one in plain], steps=2, parts=4)
+    assert alive == [0] * 8
+    other, _ = train(plain, steps=2, parts=4)
+    assert torch.equal(method.module.layer.weight, other.module.layer.weight)
