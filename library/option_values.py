@@ -7,7 +7,7 @@ from collections.abc import Callable, Collection, Iterable, Sequence
 from pathlib import Path
 from typing import Any, Final, Union, get_args, get_origin
 
-from library.documents import path_objection
+from library.documents import is_text, path_objection
 from library.errors import Problem
 from library.option_fields import Declared, OptionFacts
 
@@ -52,9 +52,13 @@ def to_float(raw: object) -> float:
 
 def to_text(raw: object) -> str:
     """Text; a number stands for its text (``output_name = 2024``)."""
-    if isinstance(raw, str | int | float) and not isinstance(raw, bool):
-        return str(raw)
-    raise ValueError("expects text")
+    if not isinstance(raw, str | int | float) or isinstance(raw, bool):
+        raise ValueError("expects text")
+    text = str(raw)
+    # Bytes of a command line that are no text come as halves of characters, which no file can hold.
+    if not is_text(text):
+        raise ValueError("expects text in UTF-8")
+    return text
 
 
 def to_path(raw: object) -> Path:

@@ -1,5 +1,6 @@
 """One conversion for text from the command line and values from TOML."""
 
+import os
 from pathlib import Path
 
 import pytest
@@ -74,6 +75,8 @@ def test_parse_range():
         ("dataset_config", 3),
         ("text_encoder_lr", [1e-4, -1]),
         ("caption_separator", ""),
+        ("output_name", os.fsdecode(b"caf\xe9")),
+        ("network_args", ["dim=1", os.fsdecode(b"a\xff")]),
     ],
 )
 def test_conversion_refuses(name, raw):
@@ -105,6 +108,7 @@ def test_conversion_refuses(name, raw):
         ("save_every_n_steps", 0, None),
         ("dataset_config", "a/b.toml", Path("a/b.toml")),
         ("base_weights", ["a", "b"], (Path("a"), Path("b"))),
+        ("dataset_config", os.fsdecode(b"caf\xe9.toml"), Path(os.fsdecode(b"caf\xe9.toml"))),
     ],
 )
 def test_conversion_is_the_same_for_text_and_toml(name, raw, value):
