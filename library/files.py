@@ -319,14 +319,16 @@ def write_bytes(path: Path, content: bytes) -> None:
         temporary.write_bytes(content)
 
 
-def write_text(path: Path, content: str) -> None:
-    """Write ``content`` to ``path`` as UTF-8, whole or not at all."""
-    write_bytes(path, content.encode())
+def write_text(path: Path, content: str, *, errors: str = "strict") -> None:
+    """Write ``content`` to ``path`` as UTF-8, whole or not at all; ``errors`` is that of ``str.encode``."""
+    write_bytes(path, content.encode(errors=errors))
 
 
 def write_json(path: Path, content: object) -> None:
     """Write ``content`` to ``path`` as indented JSON with sorted keys, whole or not at all."""
-    write_text(path, json.dumps(content, indent=2, sort_keys=True, ensure_ascii=False) + "\n")
+    text = json.dumps(content, indent=2, sort_keys=True, ensure_ascii=False) + "\n"
+    # A name of a file need not be UTF-8; what replaces such a byte is what JSON has for it.
+    write_text(path, text, errors="backslashreplace")
 
 
 def sync_folder(folder: Path) -> None:

@@ -145,7 +145,8 @@ def write_report(path: Path, report: Report) -> None:
     Raises:
         UserError: The place cannot be written to.
     """
-    write_text(path, render(report))
+    # A name of a file need not be UTF-8.
+    write_text(path, render(report), errors="backslashreplace")
 
 
 def render(report: Report) -> str:

@@ -1,6 +1,7 @@
 """The manifest of runs that are stopped, fail, go on from a state, and of those that want none."""
 
 import json
+import os
 import signal
 from pathlib import Path
 from typing import Any
@@ -8,7 +9,7 @@ from typing import Any
 import pytest
 
 from library.errors import UserError
-from tests.scripts.runs import run_script, tensor_hash, write_dataset
+from tests.scripts.runs import run_script, tensor_hash, write_dataset, write_images
 from tests.tiny import tiny_sd
 from tools.reproduce import main as reproduce
 
@@ -125,3 +126,21 @@ def test_a_manifest_that_cannot_be_written_ends_no_run(
     (tmp_path / "thing.run.json").mkdir()
     assert run_script("train_network", tmp_path, *given, "--max_train_steps=1").code == 0
     assert "the manifest could not be written" in capsys.readouterr().err
+
+
+@pytest.mark.skipif(os.name == "nt", reason="names of files are text there")
+def test_names_of_files_that_are_no_text(given: list[str], tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    images = write_images(tmp_path / "data" / os.fsdecode(b"1_caf\xe9"), 2)
+    for suffix in (".png", ".txt"):
+        (images / f"00{suffix}").rename(images / os.fsdecode(b"\xff" + suffix.encode()))
+    others = [one for one in given if not one.startswith("--dataset_config")]
+    more = [
+        f"--train_data_dir={tmp_path / 'data'}",
+        "--resolution=64",
+        "--caption_extension=.txt",
+        "--max_train_steps=1",
+    ]
+    assert run_script("train_network", tmp_path / "out", *others, *more).code == 0
+    assert manifest(tmp_path / "out")["outcome"] == "finished"
+    assert (tmp_path / "out" / "thing-report.html").is_file()
+    assert "could not be written" not in capsys.readouterr().err
