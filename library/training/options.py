@@ -35,6 +35,13 @@ def _below_1(value: float) -> str | None:
     return None if value < 1 else "must be below 1: an average that keeps all of itself never changes"
 
 
+def _not_a_name(value: str) -> str | None:
+    """Results, previews, report and manifest lie side by side: the name is a part of each of their names."""
+    if value not in (".", "..") and not re.search(r"[/\\\x00-\x1f\x7f-\x9f]", value):
+        return None
+    return "must be a name alone: no folders, which --output_dir is for, and no control characters"
+
+
 @dataclass(frozen=True, kw_only=True, slots=True)
 class LengthOptions:
     """Length of the run."""
@@ -232,7 +239,9 @@ class SaveOptions:
     output_dir: Path | None = option(
         None, metavar="DIR", help="Folder for the trained files, states and preview images."
     )
-    output_name: str | None = option(None, metavar="NAME", help="Name of the trained file, without its suffix.")
+    output_name: str | None = option(
+        None, check=_not_a_name, metavar="NAME", help="Name of the trained file, without its suffix."
+    )
     save_precision: str | None = option(
         None,
         choices=("float", "fp16", "bf16"),

@@ -76,6 +76,10 @@ def test_parse_range():
         ("text_encoder_lr", [1e-4, -1]),
         ("caption_separator", ""),
         ("output_name", os.fsdecode(b"caf\xe9")),
+        ("output_name", "a/b"),
+        ("output_name", "..\\x"),
+        ("output_name", ".."),
+        ("output_name", "a\nb"),
         ("network_args", ["dim=1", os.fsdecode(b"a\xff")]),
     ],
 )
@@ -94,6 +98,7 @@ def test_conversion_refuses(name, raw):
         ("persistent_data_loader_workers", 0, False),
         ("shuffle_caption", "true", True),
         ("output_name", 2024, "2024"),
+        ("output_name", "v1.0 <b> \u00e9", "v1.0 <b> \u00e9"),
         ("vae", "", None),
         ("network_args", [], ()),
         ("text_encoder_lr", [], None),
