@@ -10,7 +10,7 @@ import math
 from collections.abc import Callable
 from typing import TYPE_CHECKING, Final
 
-from library.errors import Problem, UserError, raise_if_any
+from library.errors import Problem, raise_if_any
 from library.training.arguments import read_arguments, unknown_names
 from library.training.options import RELATIVE_STEP, SchedulerOptions
 from library.training.schedule_classes import build_schedule_class, check_schedule_class
@@ -25,6 +25,7 @@ Multiplier = Callable[[int], float]
 
 _ARGS_FLAG: Final = "--lr_scheduler_args"
 _DEFAULT_TIMESCALE: Final = 10_000  # steps, of inverse_sqrt without warm-up
+_MOST_LOOKED_AT: Final = 1000  # steps of a run, besides those where a schedule turns
 
 
 def _warmup(step: int, warmup_steps: int) -> float:
@@ -258,6 +259,42 @@ def in_steps(duration: float, total_steps: int) -> int:
     return int(duration * total_steps) if 0 < duration < 1 else int(duration)
 
 
+def telling_steps(options: SchedulerOptions, total_steps: int) -> list[int]:
+    """Steps that show the factors of a whole run, from 0 to ``total_steps``, which follows the last one.
+
+    Of a long run these are the places where a schedule turns, with those beside them, and others evenly between.
+    """
+    turns = [*(total_steps * quarter // 4 for quarter in range(5)), in_steps(options.lr_warmup_steps, total_steps)]
+    turns.append(total_steps - in_steps(options.lr_decay_steps, total_steps))
+    if options.lr_scheduler == piecewise_constant.__name__:
+        rules = _read_scheduler_arguments(options)[0]["step_rules"]
+        turns += [end for _, end in _read_step_rules(str(rules))[0]]
+    even = range(0, total_steps + 1, -(-total_steps // _MOST_LOOKED_AT))
+    beside = (turn + offset for turn in turns for offset in (-1, 0, 1))
+    return sorted({*even, *(step for step in beside if 0 <= step <= total_steps)})
+
+
+def factor_problems(options: SchedulerOptions, total_steps: int, *, initial_lr: float) -> list[Problem]:
+    """What is wrong with the factors that values of ``--lr_scheduler_args`` lead to, told by the first wrong one.
+
+    Args:
+        options: A schedule by name, checked.
+        total_steps: Length of the run.
+        initial_lr: The rate that the factors are of.
+    """
+    factor = multiplier_for(options, total_steps, initial_lr=initial_lr)
+    for step in telling_steps(options, total_steps):
+        try:
+            value = factor(step)
+            wrong = None if math.isfinite(value) and value >= 0 else f"is {value:g}"
+        except (TypeError, ValueError, ArithmeticError) as error:
+            wrong = f"cannot be computed ({error})"
+        if wrong is not None:
+            what = f"the factor of the learning rate {wrong} after {step} steps of {options.lr_scheduler}"
+            return [Problem(what, where=_ARGS_FLAG, remedy="Give values with which it is a number from 0 on.")]
+    return []
+
+
 def multiplier_for(options: SchedulerOptions, total_steps: int, *, initial_lr: float) -> Multiplier:
     """The factor of the learning rate by step, for a parameter group that starts at ``initial_lr``.
 
@@ -321,11 +358,4 @@ def build_lr_scheduler(
     multipliers = [
         multiplier_for(options, total_steps, initial_lr=float(group["lr"])) for group in optimizer.param_groups
     ]
-    try:
-        return LambdaLR(optimizer, multipliers)
-    except TypeError as error:
-        raise UserError(
-            f"the scheduler {options.lr_scheduler!r} refuses its arguments: {error}",
-            where=_ARGS_FLAG,
-            remedy="Give numbers.",
-        ) from error
+    return LambdaLR(optimizer, multipliers)

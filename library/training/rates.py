@@ -3,12 +3,19 @@
 Imports nothing heavy.
 """
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from typing import TYPE_CHECKING, Any, Final, Protocol
 
 from library.errors import Problem, raise_if_any
 from library.training.arguments import read_arguments
-from library.training.lr_schedulers import check_lr_scheduler, in_steps, is_relative_step, multiplier_for
+from library.training.lr_schedulers import (
+    check_lr_scheduler,
+    factor_problems,
+    in_steps,
+    is_relative_step,
+    multiplier_for,
+    telling_steps,
+)
 from library.training.optimizer_kinds import OptimizerKind
 from library.training.optimizers import (
     check_optimizer,
@@ -65,14 +72,32 @@ def check_rates(options: RateOptions) -> list[Problem]:
                 remedy="Choose another, or --optimizer_type AdaFactor without relative_step=False.",
             )
         ]
-    return check_lr_scheduler(settled_schedule(options)) or _zero_rate_problems(options)
+    return (
+        check_lr_scheduler(settled_schedule(options))
+        or _factor_problems(options, _ANY_LENGTH, [options.optimizer.learning_rate])
+        or _zero_rate_problems(options)
+    )
+
+
+def _factor_problems(options: RateOptions, total_steps: int, rates: Iterable[float]) -> list[Problem]:
+    """What is wrong with the factors of any of ``rates``; a class has none, and is gone through as it is."""
+    schedule = settled_schedule(options)
+    if _has_no_factors(schedule):
+        return []
+    found = [factor_problems(schedule, total_steps, initial_lr=rate) for rate in dict.fromkeys(rates)]
+    return next((problems for problems in found if problems), [])
+
+
+def _has_no_factors(schedule: SchedulerOptions) -> bool:
+    return bool(schedule.lr_scheduler_type) or is_relative_step(schedule.lr_scheduler)
 
 
 def _zero_rate_problems(options: RateOptions) -> list[Problem]:
     kind = kind_of(options.optimizer)
-    if kind is None or kind.zero_rate or min(learning_rate_curve(options, _ANY_LENGTH) or [1.0]) > 0:
+    if kind is None or kind.zero_rate:
         return []
-    return [_zero_rate(kind)]
+    curve = learning_rate_curve(options, _ANY_LENGTH)
+    return [] if curve is None or min(curve.values()) > 0 else [_zero_rate(kind)]
 
 
 def _zero_rate(kind: OptimizerKind) -> Problem:
@@ -109,6 +134,7 @@ def rehearse_rates(options: RateOptions, groups: Sequence[Mapping[str, Any]], to
     """
     optimizer = rehearse_optimizer(options.optimizer, groups)
     schedule, kind = settled_schedule(options), kind_of(options.optimizer)
+    raise_if_any(_factor_problems(options, total_steps, [float(group["lr"]) for group in optimizer.param_groups]))
     if not schedule.lr_scheduler_type:
         return
     made = build_schedule_class(schedule, optimizer, total_steps)
@@ -176,18 +202,21 @@ def recorded_rates(options: RateOptions) -> dict[str, object]:
     return {"learning_rate": None, "lr_scheduler": settled_schedule(options).lr_scheduler}
 
 
-def learning_rate_curve(options: RateOptions, total_steps: int) -> list[float] | None:
-    """The learning rate of each optimizer step, for what has none of its own; None where only the run can tell.
+def learning_rate_curve(options: RateOptions, total_steps: int) -> dict[int, float] | None:
+    """The learning rate by optimizer step, for what has none of its own; None where only the run can tell.
+
+    Of a long run, steps are left out that show nothing new.
 
     Raises:
-        UserError: The options contradict each other.
+        UserError: The options contradict each other, or a rate cannot be one.
     """
     schedule = settled_schedule(options)
-    if schedule.lr_scheduler_type or is_relative_step(schedule.lr_scheduler):
+    if _has_no_factors(schedule):
         return None
     rate = options.optimizer.learning_rate
+    raise_if_any(_factor_problems(options, total_steps, [rate]))
     factor = multiplier_for(schedule, total_steps, initial_lr=rate)
-    return [rate * factor(step) for step in range(total_steps)]
+    return {step: rate * factor(step) for step in telling_steps(schedule, total_steps) if step < total_steps}
 
 
 def curve_lines(options: RateOptions, total_steps: int) -> list[str]:
@@ -198,7 +227,7 @@ def curve_lines(options: RateOptions, total_steps: int) -> list[str]:
     rate = options.optimizer.learning_rate
     if curve is None:
         return [f"learning rate: {name}, known while it runs"]
-    if not rate or min(curve) == max(curve) == rate:
+    if not rate or min(curve.values()) == max(curve.values()) == rate:
         return [f"learning rate: {rate:g} throughout ({name})"]
     places = {0, total_steps // 4, total_steps // 2, 3 * total_steps // 4, total_steps - 1}
     places.add(in_steps(schedule.lr_warmup_steps, total_steps))

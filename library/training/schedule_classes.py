@@ -2,8 +2,9 @@
 
 import importlib
 import inspect
+import math
 import warnings
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import TYPE_CHECKING, Any, Final, cast
 
 from library.errors import Problem, UserError
@@ -113,16 +114,24 @@ def _rehearse(factory: Any, arguments: Mapping[str, Any], optimizer: "torch.opti
 
     weight = torch.zeros(1)
     groups = [{**group, "params": [weight.clone()]} for group in optimizer.param_groups]
-    advance(factory(torch.optim.Optimizer(groups, dict(optimizer.defaults)), **arguments), total_steps)
+    stand_in = torch.optim.Optimizer(groups, dict(optimizer.defaults))
+
+    def check(step: int) -> None:
+        for group in stand_in.param_groups:
+            if not math.isfinite(group["lr"]):
+                raise ValueError(f"the learning rate is {group['lr']} after {step} steps")
+
+    advance(factory(stand_in, **arguments), total_steps, check)
 
 
-def advance(schedule: Any, steps: int) -> None:
-    """Let ``schedule`` pass ``steps`` steps that were made elsewhere."""
+def advance(schedule: Any, steps: int, follow: Callable[[int], None] = lambda step: None) -> None:
+    """Let ``schedule`` pass ``steps`` steps that were made elsewhere; ``follow`` is told of each, from 1."""
     with warnings.catch_warnings():
         # It is not told of steps that an optimizer has made elsewhere.
         warnings.filterwarnings("ignore", message="Detected call of `lr_scheduler.step")
-        for _ in range(steps):
+        for step in range(steps):
             schedule.step()
+            follow(step + 1)
 
 
 def restore_schedule(

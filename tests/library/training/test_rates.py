@@ -1,6 +1,7 @@
 """Optimizer and schedule together: golden traces, what the two refuse, and the curve."""
 
 import json
+import re
 import subprocess
 import sys
 from dataclasses import dataclass, field
@@ -119,7 +120,57 @@ def test_golden_errors(case):
 )
 def test_the_curve_is_what_training_uses(more):
     options = rates(**more)
-    assert learning_rate_curve(options, 20) == pytest.approx(trace(options, 20)[:20], rel=1e-12)
+    curve = learning_rate_curve(options, 20)
+    assert list(curve) == list(range(20))
+    assert list(curve.values()) == pytest.approx(trace(options, 20)[:20], rel=1e-12)
+
+
+def test_the_curve_of_a_long_run_is_looked_at_in_places():
+    for more in (
+        {"lr_scheduler": "warmup_stable_decay", "lr_warmup_steps": 12_345, "lr_decay_steps": 98_765},
+        {"lr_scheduler": "piecewise_constant", "lr_scheduler_args": ("step_rules=1:4567,0.5",)},
+    ):
+        steps = list(learning_rate_curve(rates(**more), 10_000_000))
+        assert len(steps) < 1100
+        turns = (0, 4567) if "lr_scheduler_args" in more else (0, 12_345, 10_000_000 - 98_765, 9_999_999)
+        assert set(turns) <= set(steps)
+    (line,) = curve_lines(rates(lr_scheduler="linear", lr_warmup_steps=12_345), 10_000_000)
+    assert "100 % at step 12346" in line
+
+
+@pytest.mark.parametrize(
+    ("name", "argument", "what"),
+    [
+        ("polynomial", "power=-1", "cannot be computed.* after 1000 steps"),
+        ("polynomial", "power='a'", "cannot be computed"),
+        ("polynomial", "lr_end=-1e-3", "is -"),
+        ("inverse_sqrt", "timescale=-2", "cannot be computed"),
+        ("piecewise_constant", "step_rules=nan", "is nan after 0 steps"),
+        ("piecewise_constant", "step_rules=1:10,-1", "is -1 after 10 steps"),
+        ("warmup_stable_decay", "min_lr_ratio=-0.5", "is -0.5 after 1000 steps"),
+    ],
+)
+def test_values_with_which_no_rate_can_be_are_refused(name, argument, what):
+    options = rates(lr_scheduler=name, lr_scheduler_args=(argument,))
+    (problem,) = check_rates(options)
+    assert re.search(what, problem.what)
+    assert problem.where == "--lr_scheduler_args"
+    with pytest.raises(UserError, match="the factor of the learning rate"):
+        curve_lines(options, 10)
+
+
+def test_values_that_a_longer_run_does_not_stand():
+    options = rates(lr_scheduler="piecewise_constant", lr_scheduler_args=("step_rules=1:5000,nan",))
+    assert check_rates(options) == []
+    rehearse_rates(options, groups(4, 4), 4000)
+    with pytest.raises(UserError, match="is nan after 5000 steps"):
+        rehearse_rates(options, groups(4, 4), 7777)
+
+
+def test_a_class_whose_rate_is_no_number():
+    options = rates(lr_scheduler_type="ExponentialLR", lr_scheduler_args=("gamma=1e300",))
+    with pytest.raises(UserError, match="the learning rate is inf after 2 steps"):
+        rehearse_rates(options, groups(4, 4), 6)
 
 
 def test_the_curve_on_one_line():
@@ -177,7 +228,7 @@ def test_a_schedule_is_ignored_and_told_for_schedule_free():
         "without effect with AdamWScheduleFree, which has no schedule: --lr_scheduler cosine, --lr_warmup_steps; "
         "AdamWScheduleFree has the argument warmup_steps"
     ]
-    assert learning_rate_curve(options, 5) == [1e-3] * 5
+    assert learning_rate_curve(options, 5) == dict.fromkeys(range(5), 1e-3)
     assert rate_notices(rates(optimizer_type="AdamWScheduleFree")) == []
 
 
@@ -291,7 +342,7 @@ def curves():
     }
     yield f"{'step':22}" + "".join(f"{step:>5}" for step in PLACES) + "   every second step"
     for name, more in settings.items():
-        parts = [rate / 1e-3 for rate in learning_rate_curve(rates(lr_scheduler=name, **more), 100)]
+        parts = [rate / 1e-3 for rate in learning_rate_curve(rates(lr_scheduler=name, **more), 100).values()]
         bar = "".join(" .:-=+*#%@"[round(9 * part)] for part in parts[::2])
         yield f"{name:22}" + "".join(f"{100 * parts[step - 1]:5.0f}" for step in PLACES) + f"   |{bar}|"
 
