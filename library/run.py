@@ -37,10 +37,10 @@ from library.training.fingerprint import fingerprint
 from library.training.loop import fit
 from library.training.lr_schedulers import build_lr_scheduler
 from library.training.metadata import RunFacts
-from library.training.method import Hook, StepShape, TrainingMethod
+from library.training.method import StepShape, TrainingMethod
 from library.training.optimizers import BuiltOptimizer, build_optimizer, result_weights
 from library.training.options import OptimizerOptions
-from library.training.progress import Moment, RunLength
+from library.training.progress import RunLength
 from library.training.rates import rehearse_rates, settled_schedule
 from library.training.signals import Interruption
 from library.training.updates import FusedUpdate, Update, WholeUpdate
@@ -344,7 +344,7 @@ class _Run:
         # After resuming, which gives the optimizer new groups.
         update = _update(optimizer, self._options.optimizer, self._runtime, coupled=learning.built.coupled)
         with Interruption().watched() as interruption, hooks.tracker:
-            with self._keeping_what_was_done(update, hooks, start_step) as note:
+            with _keeping_what_was_done(update, hooks, self._runtime, start_step):
                 step = fit(
                     self._method,
                     batches,
@@ -355,7 +355,7 @@ class _Run:
                     update=update,
                     runtime=self._runtime,
                     start_step=start_step,
-                    hooks=[note, *hooks.in_order],
+                    hooks=hooks.in_order,
                     name_examples=self._data.names,
                     interruption=interruption,
                     losses=progress.losses,
@@ -367,28 +367,20 @@ class _Run:
         # Another process may have been the one that was asked to stop.
         return interruption.exit_code or STOPPED
 
-    @contextmanager
-    def _keeping_what_was_done(self, update: Update, hooks: Hooks, start_step: int) -> Iterator[Hook]:
-        """Save model and state when an error ends the loop and the weights are those of a finished step.
 
-        Gives the hook that notes every finished step.
-        """
-        done = start_step
-
-        def note(moment: Moment) -> None:
-            nonlocal done
-            done = moment.step
-
-        try:
-            yield note
-        except Exception as error:
-            if done > start_step and not update.has_begun:
-                log.error("the run ends after step %d, where model and state are saved", done)
-                # The variables of the step that failed hold its activations, and saving may need their memory.
-                traceback.clear_frames(error.__traceback__)
-                self._runtime.release_memory()
-                hooks.save_after_failure(done)
-            raise
+@contextmanager
+def _keeping_what_was_done(update: Update, hooks: Hooks, runtime: Runtime, start_step: int) -> Iterator[None]:
+    """Save model and state when an error ends the loop and the weights are those of a finished step."""
+    try:
+        yield
+    except Exception as error:
+        if update.done > start_step and not update.has_begun:
+            log.error("the run ends after step %d, where model and state are saved", update.done)
+            # The variables of the step that failed hold its activations, and saving may need their memory.
+            traceback.clear_frames(error.__traceback__)
+            runtime.release_memory()
+            hooks.save_after_failure(update.done)
+        raise
 
 
 def _short_name(description: str) -> str:

@@ -93,11 +93,13 @@ def fit(
             names = _Names(name_examples, micro_batches)
             gradient_norm = update.apply(StepFacts(step=step, loss=loss, images=names))
             left_out.add(names, was_skipped=update.was_skipped)
+            metrics = method.after_step(step + 1)
+            # From here on the weights are those of a finished step, whatever fails.
+            update.done, update.has_begun = step + 1, False
             schedule.step()
             epoch = length.epoch_of(step)
             average.add(epoch=epoch - 1, step=step % length.steps_per_epoch, loss=loss)
-            metrics = method.after_step(step + 1)
-            step, update.has_begun = step + 1, False
+            step += 1
             moment = Moment(
                 step=step,
                 epoch=epoch,

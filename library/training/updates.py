@@ -42,9 +42,11 @@ class Update(Protocol):
 
     Attributes:
         has_begun: Weights have been changed by a step that is not finished; the loop takes it back.
+        done: Steps after which the weights are as they are, as the loop says; 0 before the first of this part.
     """
 
     has_begun: bool
+    done: int
 
     def watching(self, step: int) -> AbstractContextManager[None]:
         """Wraps the backward passes of ``step``."""
@@ -80,6 +82,7 @@ class WholeUpdate:
         self._runtime = runtime
         self._skips = skips
         self.has_begun = False
+        self.done = 0
         self.was_skipped = False
         self._limit = max_grad_norm if max_grad_norm > 0 else math.inf
         self._steps = ParameterSteps(raw_optimizer(optimizer), runtime.seed)
@@ -142,6 +145,7 @@ class FusedUpdate:
         self._steps = ParameterSteps(raw_optimizer(optimizer), seed)
         self._squares: list[Tensor] = []
         self.has_begun = False
+        self.done = 0
 
     @contextmanager
     def watching(self, step: int) -> Iterator[None]:

@@ -105,6 +105,26 @@ def test_weights_that_are_not_finite_are_never_saved(
     }
 
 
+def test_a_schedule_that_fails_costs_no_weights(model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The step before it is made by then, and the model of a whole run may hang on it."""
+    whole = train(tmp_path / "whole", *arguments(model, tmp_path, "--save_every_n_steps=1"))
+
+    class Failing(LambdaLR):
+        def step(self, *given: Any) -> None:
+            if self.last_epoch == 2:
+                raise ZeroDivisionError
+            super().step(*given)
+
+    monkeypatch.setattr("torch.optim.lr_scheduler.LambdaLR", Failing)
+    with pytest.raises(ZeroDivisionError):
+        train(tmp_path / "out", *arguments(model, tmp_path))
+    name = "thing-step00000003.safetensors"
+    saved, expected = (read_tensors(folder / name).tensors for folder in (tmp_path / "out", whole.folder))
+    assert saved.keys() == expected.keys()
+    assert all(torch.equal(saved[key], expected[key]) for key in saved)
+    assert read_state(tmp_path / "out" / "thing-step00000003-state").step == 3
+
+
 def fitted(stream: list[Batch], *, rate: Callable[[int], float] = lambda step: 1.0, **more: Any) -> Tensor:
     """The weights after training on ``stream`` with AdamW, leaving out steps that are not finite."""
     from accelerate import Accelerator
