@@ -227,7 +227,7 @@ def start_runtime(options: RuntimeOptions, *, find_unused_parameters: bool, seed
     return Runtime(
         accelerator,
         dtype,
-        _agree_on_seed(seed if options.seed is None else options.seed, accelerator),
+        _agree_on_seed(seed if options.seed is None else options.seed),
         trains_narrow=options.full_fp16 or options.full_bf16,
         keeps_memory=options.highvram,
         compiler=options.dynamo_backend if options.torch_compile else None,
@@ -342,8 +342,6 @@ def _return_large_blocks() -> None:
     By default it learns from the first large block to keep such memory; between short-lived and lasting tensors of a
     training step on the CPU it then scatters, and takes gigabytes more than is in use. Elsewhere nothing happens.
     """
-    import ctypes
-
     mmap_threshold = -3
     with contextlib.suppress(OSError, AttributeError, TypeError):
         ctypes.CDLL(None).mallopt(mmap_threshold, 1 << 20)
@@ -364,7 +362,7 @@ def _missing_gpu_advice() -> str:
     return "torch does not see it: update the driver, or delete the folder .venv and run start.py setup again."
 
 
-def _agree_on_seed(seed: int | None, accelerator: Any) -> int:
+def _agree_on_seed(seed: int | None) -> int:
     """The given seed, or one drawn by the main process for all."""
     if seed is not None:
         return seed

@@ -98,7 +98,7 @@ def fit(
             update.done, update.has_begun = step + 1, False
             schedule.step()
             epoch = length.epoch_of(step)
-            average.add(epoch=epoch - 1, step=step % length.steps_per_epoch, loss=loss)
+            average.add(step=step % length.steps_per_epoch, loss=loss)
             step += 1
             moment = Moment(
                 step=step,

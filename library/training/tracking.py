@@ -35,7 +35,7 @@ class LossAverage:
         self._losses: dict[int, float] = {}
         self._total = 0.0
 
-    def add(self, *, epoch: int, step: int, loss: float) -> None:
+    def add(self, *, step: int, loss: float) -> None:
         """Take in the loss of step ``step``, from 0, of its epoch; it replaces that of the epoch before.
 
         One that is not finite belongs to a step that was left out, and does not count.

@@ -17,14 +17,14 @@ def test_golden_loss_average():
     average = LossAverage()
     assert math.isnan(average.value)
     for entry in GOLDEN:
-        average.add(epoch=entry["epoch"], step=entry["step"], loss=entry["loss"])
+        average.add(step=entry["step"], loss=entry["loss"])
         assert average.value == pytest.approx(entry["avg"], rel=1e-12)
 
 
 def test_loss_average_may_begin_within_an_epoch():
     average = LossAverage()
     for step, loss in ((2, 3.0), (3, 5.0), (0, 1.0)):
-        average.add(epoch=0, step=step, loss=loss)
+        average.add(step=step, loss=loss)
     assert average.value == pytest.approx(3.0)
 
 
