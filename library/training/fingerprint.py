@@ -7,18 +7,23 @@ from typing import Any, Final
 
 from library.training.privacy import shareable
 
-# What neither data nor mathematics of a run depend on, and every run may change: the beginnings of names. A cache holds
-# what would be encoded anyway; trained weights come from the state, and of others the weights themselves are compared.
-_FREE: Final = (
-    "async_", "cache_latents", "console_", "ddp_timeout", "deepspeed", "ema_device", "ema_previews", "ema_save",
-    "gradient_accumulation_steps", "huggingface_", "initial_", "log_", "logging_dir", "max_data_loader_n_workers",
-    "max_train_", "max_validation_steps", "metadata_", "network_weights", "no_manifest", "no_metadata", "no_report",
-    "output_", "persistent_", "pretrained_model_name_or_path", "resume", "sample_", "save_", "skip_cache_check",
-    "skip_until_initial_step", "tokenizer_cache_dir", "training_comment", "use_safetensors", "vae", "validate_",
-    "wandb_", "weights",
+# What neither data nor mathematics of a run depend on, and every run may change: topics by the beginnings of names, and
+# single names. A cache holds what would be encoded anyway; trained weights come from the state, and of others the
+# weights themselves are compared.
+_FREE_TOPICS: Final = (
+    "async_", "console_", "huggingface_", "initial_", "log_", "max_train_", "metadata_", "output_", "persistent_",
+    "resume_", "sample_", "save_", "validate_", "wandb_",
 )  # fmt: skip
+_FREE: Final = frozenset((
+    "cache_latents", "cache_latents_to_disk", "ddp_timeout", "deepspeed", "ema_device", "ema_previews", "ema_save",
+    "gradient_accumulation_steps", "logging_dir", "max_data_loader_n_workers", "max_validation_steps",
+    "network_weights", "no_manifest", "no_metadata", "no_report", "pretrained_model_name_or_path", "resume",
+    "skip_cache_check", "skip_until_initial_step", "tokenizer_cache_dir", "training_comment", "use_safetensors", "vae",
+    "vae_batch_size", "vae_slicing", "weights",
+))  # fmt: skip
 _SAME_MATHEMATICS: Final = frozenset(
     {
+        "channels_last",
         "cpu_offload_checkpointing",
         "ddp_gradient_as_bucket_view",
         "ddp_static_graph",
@@ -73,11 +78,18 @@ def changes(saved: Mapping[str, Any], current: Mapping[str, Any]) -> Changes:
         *_differences(saved, current, "data", "data: "),
         *(f"the weights of the {line}" for line in _differences(saved, current, "model", "", values=False)),
     ]
-    options = [
-        line for line in _differences(saved, current, "options", "--") if not line.removeprefix("--").startswith(_FREE)
-    ]
-    harmless = [line for line in options if line[2:].partition(":")[0] in _SAME_MATHEMATICS]
+    options = [line for line in _differences(saved, current, "options", "--") if not _is_free(_option(line))]
+    harmless = [line for line in options if _option(line) in _SAME_MATHEMATICS]
     return Changes(defining=(*(line for line in options if line not in harmless), *found), harmless=tuple(harmless))
+
+
+def _option(line: str) -> str:
+    """The name of the option that a line of a difference begins with."""
+    return line.removeprefix("--").partition(":")[0]
+
+
+def _is_free(name: str) -> bool:
+    return name in _FREE or name.startswith(_FREE_TOPICS)
 
 
 def _differences(

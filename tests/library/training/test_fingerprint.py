@@ -55,13 +55,27 @@ def test_only_what_defines_a_run_counts_as_a_difference():
         "max_train_epochs",
         "output_name",
         "resume",
+        "resume_allow_changes",
         "sample_every_n_epochs",
         "save_state",
+        "vae",
         "vae_batch_size",
+        "vae_slicing",
     ],
 )
 def test_what_leaves_the_weights_alone_may_change(name):
     assert changes(made_of({name: 1}), made_of({name: 2})) == changes(made_of(), made_of())
+
+
+def test_latents_that_change_make_another_run():
+    assert changes(made_of({"vae_tiling": False}), made_of({"vae_tiling": True})).defining == (
+        "--vae_tiling: False -> True",
+    )
+
+
+def test_channels_together_change_the_last_digits_at_most():
+    found = changes(made_of({"channels_last": False}), made_of({"channels_last": True}))
+    assert (found.defining, found.harmless) == ((), ("--channels_last: False -> True",))
 
 
 def test_an_option_that_was_not_there_counts():
