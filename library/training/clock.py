@@ -16,17 +16,19 @@ def now() -> float:
     """Seconds since 1970, or the fixed time.
 
     Raises:
-        UserError: The variable holds no number.
+        UserError: The variable holds no number, or one that no date has.
     """
     fixed = os.environ.get(_VARIABLE)
     if fixed is None:
         return time.time()
     try:
-        return float(int(fixed))
-    except ValueError as error:
+        seconds = float(int(fixed))
+        local_time(seconds)
+    except (ValueError, OverflowError, OSError) as error:
         raise UserError(
             f"{fixed!r} is no time", where=f"environment variable {_VARIABLE}", remedy="Give whole seconds since 1970."
         ) from error
+    return seconds
 
 
 def local_time(timestamp: float) -> datetime:

@@ -22,7 +22,8 @@ def test_time_is_that_of_the_machine(monkeypatch):
     assert session_id(1) != session_id(1)
 
 
-def test_a_wrong_fixed_time_is_the_users(monkeypatch):
-    monkeypatch.setenv("SOURCE_DATE_EPOCH", "yesterday")
-    with pytest.raises(UserError, match="'yesterday' is no time"):
+@pytest.mark.parametrize("given", ["yesterday", "", "99999999999999", "9" * 400, "-99999999999999"])
+def test_a_wrong_fixed_time_is_the_users(monkeypatch, given):
+    monkeypatch.setenv("SOURCE_DATE_EPOCH", given)
+    with pytest.raises(UserError, match=f"'{given}' is no time"):
         now()
