@@ -127,14 +127,19 @@ def carried_structure(metadata: Mapping[str, Any], *, where: str) -> dict[str, C
         where: The file, for the error.
 
     Raises:
-        UserError: The entry is there but no table of configurations.
+        UserError: The entry is there but no table of configurations, or does not tell the text encoder's layers.
     """
     text = metadata.get(CONFIG_KEY)
     if text is None:
         return {}
     try:
         carried = dict(parse_json(text))
-        return {part: dict(carried[part]) for part in _PARTS if part in carried}
+        found = {part: dict(carried[part]) for part in _PARTS if part in carried}
+        # What is read of it before the part is built; an empty one is read from shapes.
+        layers = text_encoder.get("num_hidden_layers") if (text_encoder := found.get("text_encoder")) else 0
+        if type(layers) is not int:
+            raise ValueError(f"num_hidden_layers of the text encoder is {layers!r}, not a whole number")
+        return found
     except (TypeError, ValueError) as error:
         raise UserError(
             f"the file's own configuration ({CONFIG_KEY}) is not readable: {error}",

@@ -71,7 +71,17 @@ def test_a_full_shape_with_other_heads_carries_its_configuration():
     assert stated_structure(configs, full, "sd1") is not None
 
 
-@pytest.mark.parametrize("text", ["not json", "[1]", '{"unet": 3}'])
+@pytest.mark.parametrize(
+    "text",
+    [
+        "not json",
+        "[1]",
+        '{"unet": 3}',
+        '{"text_encoder": {"hidden_size": 64}}',
+        '{"text_encoder": {"num_hidden_layers": "two"}}',
+        '{"text_encoder": {"num_hidden_layers": true}}',
+    ],
+)
 def test_a_damaged_configuration_is_reported(text):
     with pytest.raises(UserError, match="configuration"):
         carried_structure({CONFIG_KEY: text}, where="model.safetensors")
