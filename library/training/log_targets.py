@@ -18,7 +18,10 @@ from library.training.options import LoggingOptions
 if TYPE_CHECKING:
     from PIL.Image import Image
 
-_WRITER_SETTINGS: Final = frozenset({"flush_secs", "max_queue", "filename_suffix"})
+_WRITER_SETTINGS: Final = MappingProxyType(
+    {"flush_secs": (int | float, "a number"), "max_queue": (int, "a whole number"), "filename_suffix": (str, "text")}
+)
+"""What TensorBoard's writer can be given: the kind of each, and what it is called."""
 _SECTIONS: Final = ("tensorboard", "wandb")
 _INSTALL: Final = MappingProxyType(
     {
@@ -259,8 +262,13 @@ def _problems(table: Mapping[str, Any], path: Path) -> list[Problem]:
             remedy = did_you_mean(name, _SECTIONS) or "Sections: [tensorboard] and [wandb]."
             problems.append(Problem(f"there is no section [{name}]", str(path), remedy))
     tensorboard = table.get("tensorboard")
-    for name in tensorboard if isinstance(tensorboard, dict) else ():
+    for name, value in tensorboard.items() if isinstance(tensorboard, dict) else ():
         if name not in _WRITER_SETTINGS:
             remedy = did_you_mean(name, _WRITER_SETTINGS) or f"Settings: {', '.join(sorted(_WRITER_SETTINGS))}."
             problems.append(Problem(f"there is no setting {name} of [tensorboard]", str(path), remedy))
+            continue
+        kind, called = _WRITER_SETTINGS[name]
+        if not isinstance(value, kind) or isinstance(value, bool):
+            what = f"{name} of [tensorboard] expects {called}, not {value!r}"
+            problems.append(Problem(what, str(path), "Correct it, or leave the line out."))
     return problems

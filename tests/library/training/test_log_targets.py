@@ -128,6 +128,10 @@ def test_settings_of_both_loggers(wandb, tmp_path):
         ("[wandbb]\nname = 'x'\n", "no section [wandbb]"),
         ("name = 'x'\n", "no section [name]"),
         ("[tensorboard]\nflush_sec = 3\n", "no setting flush_sec"),
+        ("[tensorboard]\nflush_secs = 'abc'\n", "flush_secs of [tensorboard] expects a number, not 'abc'"),
+        ("[tensorboard]\nmax_queue = 'x'\n", "max_queue of [tensorboard] expects a whole number"),
+        ("[tensorboard]\nmax_queue = true\n", "max_queue of [tensorboard] expects a whole number"),
+        ("[tensorboard]\nfilename_suffix = 3\n", "filename_suffix of [tensorboard] expects text"),
         ("[wandb\n", "not valid TOML"),
     ],
 )
