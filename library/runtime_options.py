@@ -1,9 +1,11 @@
 """Options of how a run computes: precision, memory, processes, seed, console. Imports nothing heavy."""
 
+import os
 from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import Final
 
+from library.disk_space import nearest
 from library.errors import Problem
 from library.options import option
 
@@ -143,6 +145,27 @@ class ConsoleOptions:
         None, metavar="FILE", help="Write log lines to this file, which is emptied first, instead of the screen."
     )
     console_log_simple: bool = option(False, help="Plain log lines without colours or columns.")
+
+    def problems(self) -> list[Problem]:
+        """A file that cannot be written."""
+        path = self.console_log_file
+        if path is None:
+            return []
+        existing = path if path.exists() else nearest(path.parent)
+        if path.is_dir():
+            what = f"{path} is a folder, not a file"
+        elif existing != path and not existing.is_dir():
+            what = f"{existing} is a file, not a folder"
+        elif not os.access(existing, os.W_OK):
+            what = f"{existing} cannot be written to"
+        else:
+            return []
+        return [Problem(what, "--console_log_file", "Choose another file.")]
+
+    def notices(self) -> list[str]:
+        """Plain lines, which are for the screen."""
+        unused = self.console_log_simple and self.console_log_file is not None
+        return ["without effect with --console_log_file: --console_log_simple"] if unused else []
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)

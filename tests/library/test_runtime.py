@@ -10,6 +10,7 @@ import torch
 from library.errors import UserError
 from library.runtime import _launcher_notices, _processes_asked_of_launcher, set_up_logging, start_runtime
 from library.runtime_options import ConsoleOptions, RuntimeOptions
+from tests.permissions import bound_by_permissions, read_only
 
 pytestmark = pytest.mark.usefixtures("accelerate_anew")
 
@@ -91,6 +92,26 @@ def test_log_lines_go_to_the_file(tmp_path) -> None:
     text = path.read_text(encoding="utf-8")
     assert "loud" in text
     assert "quiet" not in text
+
+
+def test_a_log_file_that_cannot_be_is_refused(tmp_path) -> None:
+    (tmp_path / "file").touch()
+    (tmp_path / "folder").mkdir()
+    for name, what in (("folder", "folder is a folder"), ("file/a/log.txt", "file is a file, not a folder")):
+        (problem,) = ConsoleOptions(console_log_file=tmp_path / name).problems()
+        assert what in problem.what
+        assert problem.where == "--console_log_file"
+    for name in ("file", "folder/new/log.txt"):
+        assert ConsoleOptions(console_log_file=tmp_path / name).problems() == []
+    with read_only(tmp_path):
+        (problem,) = bound_by_permissions(ConsoleOptions(console_log_file=tmp_path / "folder" / "log.txt").problems)
+    assert problem.what.endswith("folder cannot be written to")
+
+
+def test_plain_lines_are_for_the_screen(tmp_path) -> None:
+    (notice,) = ConsoleOptions(console_log_file=tmp_path / "log.txt", console_log_simple=True).notices()
+    assert notice == "without effect with --console_log_file: --console_log_simple"
+    assert ConsoleOptions(console_log_simple=True).notices() == []
 
 
 def test_the_file_of_the_log_tells_no_place(tmp_path) -> None:
