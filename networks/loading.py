@@ -5,7 +5,6 @@ Importing this module imports nothing heavy, so the options can be checked first
 
 import difflib
 import importlib
-import importlib.util
 import inspect
 import logging
 from collections.abc import Callable, Iterable, Iterator, Mapping
@@ -17,6 +16,7 @@ from typing import TYPE_CHECKING, Any, Final
 
 from library.errors import Problem, UserError
 from library.files import read_tensors
+from library.training.source_classes import is_import_path, is_installed
 from networks.adapter_files import ALPHA, kind_of
 from networks.arguments import split_arguments
 from networks.checks import LYCORIS, OWN, base_weight_problems, lycoris_problems, own_problems
@@ -67,8 +67,11 @@ def _module_problems(path: str) -> list[Problem]:
             hint = f"Did you mean {near[0]}? " if near else ""
             what, remedy = f"there is no network module {path}", f"{hint}There are {', '.join(OWN)}."
         return [Problem(what, "--network_module", remedy)]
+    if not is_import_path(path):
+        remedy = f"Write package.module; for LoRA give {LORA}."
+        return [Problem(f"{path!r} is no import path of a network module", "--network_module", remedy)]
     # The top package alone: looking further down would import it.
-    return [] if importlib.util.find_spec(package) else [_not_installed(path)]
+    return [] if is_installed(path) else [_not_installed(path)]
 
 
 def _not_installed(path: str) -> Problem:

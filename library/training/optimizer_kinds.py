@@ -9,7 +9,7 @@ from typing import Final
 
 from library.errors import Problem
 from library.options import choose_from
-from library.training.source_classes import exported_classes, is_installed
+from library.training.source_classes import exported_classes, is_import_path, is_installed
 
 NAME_FLAG: Final = "--optimizer_type"
 
@@ -140,6 +140,9 @@ def resolve(name: str) -> OptimizerKind | Problem:
     unsuited = _UNSUITED.get(class_name) if module in ("", "torch.optim") else None
     if unsuited:
         return Problem(f"{class_name} {unsuited}", where=NAME_FLAG, remedy="Choose another, for example AdamW.")
+    if "." in name and not is_import_path(name):
+        remedy = "Write package.module.Class, or the name alone for one of torch.optim."
+        return Problem(f"{name!r} is no import path of an optimizer", where=NAME_FLAG, remedy=remedy)
     if module:
         return _installed(_by_path(name, module, class_name))
     in_torch = exported_classes("torch.optim")

@@ -11,7 +11,7 @@ from library.errors import Problem, UserError
 from library.options import choose_from
 from library.training.arguments import read_arguments, unknown_names
 from library.training.options import SchedulerOptions
-from library.training.source_classes import exported_classes, find_class, is_installed
+from library.training.source_classes import exported_classes, find_class, is_import_path, is_installed
 
 if TYPE_CHECKING:
     import torch
@@ -60,6 +60,9 @@ def _place(text: str) -> tuple[str, str]:
 
 
 def _wrong_class(text: str, module: str, name: str) -> Problem | None:
+    if "." in text and not is_import_path(text):
+        remedy = "Write package.module.Class, or the name alone for one of torch.optim.lr_scheduler."
+        return Problem(f"{text!r} is no import path of a schedule", where=_FLAG, remedy=remedy)
     if not is_installed(module):
         what = f"{text} needs the module {module.partition('.')[0]}, which is not installed"
         return Problem(what, where=_FLAG, remedy="Install the package that has it, or check the spelling.")

@@ -7,6 +7,7 @@ import ast
 import importlib.util
 from dataclasses import dataclass
 from functools import cache
+from importlib.machinery import ModuleSpec
 from pathlib import Path
 from typing import Final
 
@@ -29,7 +30,21 @@ class FoundClass:
 
 def is_installed(module: str) -> bool:
     """Whether the package that ``module`` belongs to is there; whether it can be loaded is another matter."""
-    return importlib.util.find_spec(module.partition(".")[0]) is not None
+    return _spec(module) is not None
+
+
+def is_import_path(text: str) -> bool:
+    """Whether ``text`` is made of names with dots between them."""
+    return all(part.isidentifier() for part in text.split("."))
+
+
+def _spec(module: str) -> ModuleSpec | None:
+    """What the system knows of the package that ``module`` belongs to; None where it cannot be imported by its name."""
+    try:
+        return importlib.util.find_spec(module.partition(".")[0])
+    except (ImportError, ValueError):
+        # A name that is empty, or stands for what was not imported by it, as __main__ does.
+        return None
 
 
 def find_class(module: str, name: str) -> FoundClass | None:
@@ -80,8 +95,7 @@ def _parsed(path: Path) -> ast.Module | None:
 
 def _path(module: str) -> Path | None:
     """The source file of a module; packages in between are not imported."""
-    top, *parts = module.split(".")
-    spec = importlib.util.find_spec(top)
+    parts, spec = module.split(".")[1:], _spec(module)
     if spec is None:
         return None
     if not spec.submodule_search_locations:

@@ -78,9 +78,14 @@ def test_good_options_have_no_problems(tmp_path):
         ("networks.loar", "no network module networks.loar"),
         ("networks.loar", "Did you mean networks.lora?"),
         ("no_such_package.kohya", "no_such_package.kohya is not installed"),
+        ("__main__", "__main__ is not installed"),
+        (".kohya", "'.kohya' is no import path"),
+        ("lycoris..kohya", "'lycoris..kohya' is no import path"),
     ],
 )
-def test_modules_that_cannot_be_used(module, what):
+def test_modules_that_cannot_be_used(monkeypatch, module, what):
+    # As it is where a script was started by its file.
+    monkeypatch.setattr(sys.modules["__main__"], "__spec__", None)
     assert what in problems_of(network_module=module)
 
 

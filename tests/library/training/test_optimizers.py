@@ -187,6 +187,21 @@ def test_missing_package_names_the_install(monkeypatch, name, package):
     assert "is not installed" in str(caught.value)
 
 
+@pytest.mark.parametrize(
+    ("name", "what"),
+    [
+        ("__main__.Mine", "needs the package __main__, which is not installed"),
+        ("..Mine", "'..Mine' is no import path"),
+        ("torch.optim.", "'torch.optim.' is no import path"),
+    ],
+)
+def test_names_that_lead_to_no_class(monkeypatch, name, what):
+    # As it is where a script was started by its file.
+    monkeypatch.setattr(sys.modules["__main__"], "__spec__", None)
+    (problem,) = check_optimizer(OptimizerOptions(optimizer_type=name))
+    assert what in problem.what
+
+
 def test_package_that_does_not_load_names_the_install(monkeypatch):
     monkeypatch.setitem(sys.modules, "bitsandbytes.optim.adamw", None)
     with pytest.raises(UserError, match="cannot be loaded.*\n.*\n.*pip install bitsandbytes"):

@@ -258,9 +258,15 @@ def test_low_factors_are_rarely_meant():
         ("LRScheduler", "is not known"),
         ("Counter", "is not known"),
         ("no_such_package.Schedule", "which is not installed"),
+        ("__main__.Schedule", "which is not installed"),
+        ("..StepLR", "is no import path"),
+        (".StepLR", "is no import path"),
+        ("torch.optim.lr_scheduler.", "is no import path"),
     ],
 )
-def test_classes_that_cannot_be_used(name, what):
+def test_classes_that_cannot_be_used(monkeypatch, name, what):
+    # As it is where a script was started by its file.
+    monkeypatch.setattr(sys.modules["__main__"], "__spec__", None)
     (problem,) = check_rates(rates(lr_scheduler_type=name))
     assert what in problem.what
     assert problem.remedy

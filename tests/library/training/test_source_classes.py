@@ -50,8 +50,11 @@ def test_what_the_source_does_not_tell_is_none(module, name):
 
 
 @pytest.mark.usefixtures("package")
-def test_exported_and_installed():
+def test_exported_and_installed(monkeypatch):
     assert exported_classes("fragile.inner") == {"Best": "fragile.deep", "Other": "fragile.deep"}
     assert exported_classes("absent") == {}
     assert is_installed("fragile.deep")
     assert not is_installed("absent.deep")
+    # As it is where a script was started by its file.
+    monkeypatch.setattr(sys.modules["__main__"], "__spec__", None)
+    assert not any(map(is_installed, ("__main__", "", ".fragile")))
