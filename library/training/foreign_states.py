@@ -47,16 +47,17 @@ def read_foreign(folder: Path, trained: "nn.Module", optimizer: Any, *, asked: i
     """
     moments = _optimizer(folder, optimizer)
     progress = read_json(folder / PROGRESS)
-    step = count_in(progress, "current_step") if asked is None else asked
+    step = told = count_in(progress, "current_step") if asked is None else asked
     if step is None:
         step = _steps_of(folder, read_pickle(folder / SCHEDULER) if (folder / SCHEDULER).is_file() else {})
-        log.warning("the state does not say at which step it was saved: by its learning rates, after %s", step)
     if step is None:
         raise UserError(
             "the state of another program does not say at which step it was saved",
             where=f"--resume {folder}",
             remedy="Add --initial_step with the number of steps that were done.",
         )
+    if told is None:
+        log.warning("the state does not say at which step it was saved: by its learning rates, after %s", step)
     log.warning(
         "%s is a state of another program: its weights%s are taken over; the order of images and all random numbers "
         "are those of this program, and the mean loss begins anew",
@@ -108,6 +109,9 @@ def _optimizer(folder: Path, optimizer: Any) -> dict[str, Any] | None:
         log.warning("the state holds no optimizer: its moments begin anew")
         return None
     found = read_pickle(folder / OPTIMIZER)
+    if not _is_whole(found):
+        log.warning("the state's optimizer does not say which weights it holds: its moments begin anew")
+        return None
     own = [tuple(parameter.shape) for group in optimizer.param_groups for parameter in group["params"]]
     saved = [_shape_of(found["state"].get(number, {})) for group in found["param_groups"] for number in group["params"]]
     fits = len(own) == len(saved) and all(one in (None, other) for one, other in zip(saved, own, strict=True))
@@ -116,6 +120,17 @@ def _optimizer(folder: Path, optimizer: Any) -> dict[str, Any] | None:
         log.warning("the state's optimizer holds other weights, or in another order: its moments begin anew")
         return None
     return found
+
+
+def _is_whole(found: Mapping[str, Any]) -> bool:
+    """Whether what was read is the state of an optimizer, with its groups and the entries of their weights."""
+    entries, groups = found.get("state"), found.get("param_groups")
+    return (
+        isinstance(entries, dict)
+        and isinstance(groups, list)
+        and all(isinstance(one, dict) for one in (*entries.values(), *groups))
+        and all(isinstance(group.get("params"), list) for group in groups)
+    )
 
 
 def _shape_of(entries: Mapping[str, Any]) -> tuple[int, ...] | None:
@@ -127,5 +142,6 @@ def _steps_of(folder: Path, scheduler: Mapping[str, Any]) -> int | None:
     """Optimizer steps, as the learning rates count them, or Adam and its relatives; None where neither does."""
     if isinstance(scheduler.get("last_epoch"), int):
         return int(scheduler["last_epoch"])
-    states = read_pickle(folder / OPTIMIZER)["state"].values() if (folder / OPTIMIZER).is_file() else ()
+    found = read_pickle(folder / OPTIMIZER) if (folder / OPTIMIZER).is_file() else {}
+    states = found["state"].values() if _is_whole(found) else ()
     return max((int(entries["step"]) for entries in states if "step" in entries), default=None)

@@ -81,6 +81,20 @@ def test_moments_of_other_weights_begin_anew(tmp_path, caplog, other):
     assert "its moments begin anew" in caplog.text
 
 
+@pytest.mark.parametrize(
+    "content", [{}, {"state": {}}, {"state": {0: 3}, "param_groups": []}, {"state": {}, "param_groups": [{"lr": 1.0}]}]
+)
+def test_moments_of_what_is_no_optimizer_begin_anew(tmp_path, caplog, content):
+    module = nn.Linear(2, 3)
+    state = folder(tmp_path, module.state_dict())
+    torch.save(content, state / "optimizer.bin")
+    assert read_foreign(state, module, torch.optim.AdamW(module.parameters()), asked=7).optimizer is None
+    assert "its moments begin anew" in caplog.text
+    with pytest.raises(UserError, match="does not say at which step"):
+        read_foreign(state, module, torch.optim.AdamW(module.parameters()))
+    assert "after None" not in caplog.text
+
+
 def test_the_step_is_that_of_the_optimizer_where_nothing_else_tells(tmp_path):
     module = nn.Linear(2, 3)
     state = folder(tmp_path, module.state_dict(), optimizer=trained_optimizer(module))
