@@ -6,7 +6,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Final
 
-from library.documents import DocumentError, decode_text, parse_toml
+from library.documents import DocumentError, decode_text, home_expanded, parse_toml
 from library.errors import Problem
 from library.option_fields import Declared
 from library.option_foreign import FOREIGN_KEYS
@@ -165,8 +165,8 @@ def _tell_repeated(source: Source) -> None:
 
 
 def config_path(name: str) -> Path:
-    """The configuration file that a name means: ``.toml`` is added where it is missing."""
-    return Path(name if name.endswith(".toml") else f"{name}.toml")
+    """The configuration file that a name means: ``.toml`` is added where it is missing, ``~`` is the home folder."""
+    return home_expanded(Path(name if name.endswith(".toml") else f"{name}.toml"))
 
 
 def read_config(path: Path, declared: Mapping[str, Declared], ignored: Collection[str] = FOREIGN_KEYS) -> Source:

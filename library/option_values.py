@@ -7,7 +7,7 @@ from collections.abc import Callable, Collection, Iterable, Sequence
 from pathlib import Path
 from typing import Any, Final, Union, get_args, get_origin
 
-from library.documents import is_text, path_objection
+from library.documents import home_expanded, is_text, path_objection
 from library.errors import Problem
 from library.option_fields import Declared, OptionFacts
 
@@ -62,11 +62,11 @@ def to_text(raw: object) -> str:
 
 
 def to_path(raw: object) -> Path:
-    """A path."""
+    """A path; ``~`` is the home folder, also where no shell has replaced it."""
     if isinstance(raw, str) and raw:
         if objection := path_objection(raw):
             raise ValueError(f"expects a path: {objection}")
-        return Path(raw)
+        return home_expanded(Path(raw))
     raise ValueError("expects a path")
 
 

@@ -11,6 +11,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Final, Literal
 
+from library.documents import home_expanded
 from library.errors import Problem
 from library.files import legacy_hash_of_file, sha256_of_file
 from library.training.clock import iso_date, now
@@ -171,7 +172,7 @@ def _first(rates: object) -> object:
 
 def _source(name_key: str, hash_key: str, sha256_key: str, source: str) -> dict[str, object]:
     """Name and hashes of a model the run started from; a hub id has no hashes."""
-    path = Path(source)
+    path = home_expanded(Path(source))
     if path.is_file():
         hashes = {hash_key: legacy_hash_of_file(path), sha256_key: sha256_of_file(path)}
     else:
@@ -279,7 +280,7 @@ def _resolution(resolution: int | str | tuple[int, ...] | None, default: int) ->
 def check_metadata(options: MetadataOptions) -> list[Problem]:
     """What is wrong with the metadata options; imports nothing heavy."""
     thumbnail = options.metadata_thumbnail
-    if thumbnail is None or thumbnail.startswith("data:") or Path(thumbnail).is_file():
+    if thumbnail is None or thumbnail.startswith("data:") or home_expanded(Path(thumbnail)).is_file():
         return []
     return [
         Problem(
@@ -294,6 +295,6 @@ def _thumbnail(source: str | None) -> str | None:
     """A ``data:`` URL; an image file becomes one."""
     if source is None or source.startswith("data:"):
         return source
-    path = Path(source)
+    path = home_expanded(Path(source))
     media_type = mimetypes.guess_type(path.name)[0] or "image/png"
     return f"data:{media_type};base64,{base64.b64encode(path.read_bytes()).decode('ascii')}"

@@ -6,6 +6,7 @@ from pathlib import Path
 import pytest
 
 from library.option_fields import declarations
+from library.option_sources import config_path
 from library.option_values import convert
 from library.options import near_remedy, pair_problems, parse_int_or_float, parse_range, parse_size, text_pairs
 from train_network import Options
@@ -118,6 +119,16 @@ def test_conversion_refuses(name, raw):
 )
 def test_conversion_is_the_same_for_text_and_toml(name, raw, value):
     assert convert(declarations(Options)[name], raw) == value
+
+
+def test_a_path_in_the_home_folder(tmp_path, monkeypatch):
+    monkeypatch.setenv("HOME", str(tmp_path))
+    monkeypatch.setenv("USERPROFILE", str(tmp_path))
+    declared = declarations(Options)
+    assert convert(declared["output_dir"], "~/out") == tmp_path / "out"
+    assert convert(declared["base_weights"], ["~/a", "b~"]) == (tmp_path / "a", Path("b~"))
+    assert convert(declared["output_dir"], "~no such user/out") == Path("~no such user/out")
+    assert config_path("~/settings") == tmp_path / "settings.toml"
 
 
 def test_pairs():

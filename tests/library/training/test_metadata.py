@@ -118,13 +118,18 @@ def test_title_falls_back_to_the_output_name():
     assert modelspec(MetadataOptions(), facts, timestamp=0)["modelspec.title"] == "toy"
 
 
-def test_thumbnail_file_becomes_a_data_url(tmp_path):
+def test_thumbnail_file_becomes_a_data_url(tmp_path, monkeypatch):
     image = tmp_path / "thumb.webp"
     image.write_bytes(b"picture")
     facts = ModelFacts(kind="lora", base_model_version="sd_v1")
     card = modelspec(MetadataOptions(metadata_thumbnail=str(image)), facts, timestamp=0)
     assert card["modelspec.thumbnail"] == "data:image/webp;base64," + base64.b64encode(b"picture").decode()
     assert check_metadata(MetadataOptions(metadata_thumbnail="data:image/png;base64,AA==")) == []
+    monkeypatch.setenv("HOME", str(tmp_path))
+    monkeypatch.setenv("USERPROFILE", str(tmp_path))
+    at_home = MetadataOptions(metadata_thumbnail=f"~/{image.name}")
+    assert check_metadata(at_home) == []
+    assert modelspec(at_home, facts, timestamp=0)["modelspec.thumbnail"] == card["modelspec.thumbnail"]
     (problem,) = check_metadata(MetadataOptions(metadata_thumbnail=str(tmp_path / "none.png")))
     assert problem.where == "--metadata_thumbnail"
 
@@ -171,6 +176,15 @@ def test_a_distribution_of_timesteps_that_is_not_the_usual_one_is_recorded():
 def test_the_rate_of_the_only_text_encoder_is_recorded_as_a_number(given, recorded):
     record = training_metadata({"text_encoder_lr": given}, facts(), {})
     assert record["ss_text_encoder_lr"] == recorded
+
+
+def test_a_model_in_the_home_folder_has_its_hashes(tmp_path, monkeypatch):
+    monkeypatch.setenv("HOME", str(tmp_path))
+    monkeypatch.setenv("USERPROFILE", str(tmp_path))
+    (tmp_path / "base.safetensors").write_bytes(b"abc")
+    record = training_metadata({}, facts(model="~/base.safetensors"), {})
+    assert record["ss_sd_model_name"] == "base.safetensors"
+    assert record["ss_new_sd_model_hash"] == "ba7816bf8f01cfea414140de5dae2223b00361a396177a9cb410ff61f20015ad"
 
 
 def test_base_model_file_is_named_and_hashed(tmp_path):
