@@ -84,7 +84,7 @@ class Decomposition:
             down: (r, n).
             at_least: Number of values wanted.
         """
-        missing = max(at_least - down.shape[0], 0)
+        missing = max(min(at_least, up.shape[0], down.shape[1]) - down.shape[0], 0)
         up = torch.nn.functional.pad(up, (0, missing))
         down = torch.nn.functional.pad(down, (0, 0, 0, missing))
         up_basis, up_rest = torch.linalg.qr(up)

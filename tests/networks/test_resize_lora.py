@@ -63,6 +63,14 @@ def test_what_is_filled_up_can_be_trained(folder):
     assert_close(deltas(folder / "o.safetensors"), sums(folder, a=1))
 
 
+def test_a_rank_that_no_memory_holds_is_cut_to_the_layers_own(folder):
+    resize("--new_rank", 10**12)
+    tensors = read_tensors(folder / "o.safetensors").tensors
+    for name, (outputs, inputs, kernel) in LAYERS.items():
+        assert tensors[f"{name}.lora_down.weight"].shape[0] == min(outputs, inputs * max(kernel, 1) ** 2)
+    assert_close(deltas(folder / "o.safetensors"), sums(folder, a=1))
+
+
 def test_an_untrained_layer_keeps_one_rank(folder):
     tensors = lora(4, 4.0, 1)
     tensors[f"{TEXT}.lora_up.weight"].zero_()
