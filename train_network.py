@@ -123,6 +123,7 @@ def main(argv: list[str]) -> int:
 
 def train(options: Options, inputs: "Inputs") -> int:
     """Train a network; everything heavy is imported from here on."""
+    from library.breakdowns import memory_explained
     from library.cached_conditioning import text_conditioning
     from library.data.setup import prepare_data
     from library.models.attention import use_attention
@@ -144,12 +145,14 @@ def train(options: Options, inputs: "Inputs") -> int:
     use_attention(model.unet, model.deferred_vae, options.attention, dtype=runtime.weight_dtype)
 
     # The network: its own weights stay in fp32.
-    network = build_network(
-        options.network,
-        model=model,
-        seed=runtime.seed,
-        settle=partial(narrow_base, options=options.runtime, dtype=runtime.weight_dtype),
-    )
+    smaller = "Give a smaller rank: --network_dim, or conv_dim in --network_args; 4 to 128 are usual."
+    with memory_explained(where="--network_dim, --network_args", remedy=smaller):
+        network = build_network(
+            options.network,
+            model=model,
+            seed=runtime.seed,
+            settle=partial(narrow_base, options=options.runtime, dtype=runtime.weight_dtype),
+        )
     task = DenoisingTask.of(
         model,
         text_conditioning(model, options.prompts, data, runtime, cached=caches_text(options)),

@@ -9,9 +9,12 @@ from typing import Any, Final
 
 import torch
 
-from library.errors import UserError
+from library.errors import UserError, first_line
 
-_NO_MEMORY: Final = re.compile(r"DefaultCPUAllocator|not enough memory|out of memory|Cannot allocate memory", re.I)
+_NO_MEMORY: Final = re.compile(
+    r"DefaultCPUAllocator|not enough memory|out of memory|Cannot allocate memory|Storage size calculation overflowed",
+    re.I,
+)
 _PEER_GONE: Final = re.compile(r"gloo|nccl|Connection (closed|reset) by peer|Broken pipe", re.I)
 
 Values = Mapping[str, Any]
@@ -131,6 +134,25 @@ def breakdowns_explained(values: Values, *, largest_batch: int, world: int, wher
         raise
 
 
+@contextmanager
+def memory_explained(*, where: str, remedy: str) -> Iterator[None]:
+    """Turn the error of memory that ran out into one for the user, where no batch is trained on yet.
+
+    Args:
+        where: The options that decide how much is needed.
+        remedy: What needs less.
+
+    Raises:
+        UserError: Memory ran out.
+    """
+    try:
+        yield
+    except Exception as error:
+        if not _is_out_of_memory(error):
+            raise
+        raise UserError(f"memory ran out: {first_line(error)}", where=where, remedy=remedy) from error
+
+
 def _is_out_of_memory(error: Exception) -> bool:
     if isinstance(error, MemoryError | torch.OutOfMemoryError):
         return True
@@ -145,10 +167,9 @@ def _is_lost_peer(error: Exception) -> bool:
 
 
 def _out_of_memory(values: Values, error: Exception, where: str) -> UserError:
-    told = next(iter(str(error).splitlines()), "") or type(error).__name__
     savings = [f"\n    {one.options}: {one.saves}" for one in _SAVINGS if one.is_left(values)]
     return UserError(
-        f"memory ran out: {told}",
+        f"memory ran out: {first_line(error)}",
         where=where,
         remedy="These need less, the first the least trouble; docs/precision_and_memory.md tells more:"
         + "".join(savings),

@@ -119,6 +119,15 @@ def test_what_is_on_already_is_not_advised(model: Path, tmp_path: Path, monkeypa
         assert flag.partition("=")[0] not in text
 
 
+@pytest.mark.parametrize("rank", [10**12, 10**18])
+def test_a_network_that_no_memory_holds(model: Path, tmp_path: Path, rank: int) -> None:
+    given = [one for one in arguments(model, tmp_path) if not one.startswith("--network_dim")]
+    with pytest.raises(UserError, match="memory ran out") as caught:
+        train(tmp_path / "out", *given, f"--network_dim={rank}")
+    assert "smaller rank" in str(caught.value)
+    assert not (tmp_path / "out").exists()
+
+
 def test_every_flag_that_is_advised_exists() -> None:
     known = {*declared_flags(train_network.Options), *declared_flags(train_db.Options)}
     for saving in _SAVINGS:
