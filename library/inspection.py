@@ -15,6 +15,7 @@ from library.data.validation import hold_out
 from library.errors import EXIT_USER_ERROR, UserError
 from library.inputs import Inputs, caption_tokens, check_data, read_data, split_data
 from library.new_words import Rewording, check_captions
+from library.runtime import has_gpu
 from library.runtime_options import RuntimeOptions
 from library.start_screen import ScreenOptions, start_screen
 
@@ -80,6 +81,8 @@ def dry_run(
             saved_values=saved_values,
         )
         print("\n".join(screen))
+        if options.runtime.mixed_precision == "fp16" and not has_gpu():
+            print("on this computer the run would be refused: it has no GPU that torch finds, and fp16 needs one")
         if options.runtime.seed is None:
             print("without --seed a run draws one: the captions shown are those of --seed=0")
         print("dry run: nothing was trained")

@@ -195,18 +195,13 @@ def start_runtime(options: RuntimeOptions, *, find_unused_parameters: bool, seed
     os.environ.setdefault("GOMP_SPINCOUNT", "10000")
     import torch
 
-    has_accelerator = torch.cuda.is_available() or torch.backends.mps.is_available()
+    has_accelerator = has_gpu()
     if not has_accelerator:
         _return_large_blocks()
     # Under torchrun without a GPU, Accelerate starts independent single runs unless it is told to use the CPU.
     accelerator = _accelerator(options, cpu=not has_accelerator, find_unused_parameters=find_unused_parameters)
     _check_kernels(accelerator.device)
-    if options.mixed_precision == "fp16" and accelerator.device.type == "cpu":
-        raise UserError(
-            "fp16 cannot be trained on a CPU (it would silently be fp32)",
-            where="--mixed_precision=fp16",
-            remedy=_missing_gpu_advice() or "Use --mixed_precision=bf16, or leave it out for fp32.",
-        )
+    raise_if_any(precision_problems(options, accelerator.device.type))
     if options.torch_compile:
         _check_compiler(options.dynamo_backend)
     if options.tf32:
@@ -273,6 +268,22 @@ def _launcher_problems() -> list[Problem]:
         for name, reason in reasons.items()
         if os.environ.get(name, "false").lower() in ("true", "1")
     ]
+
+
+def has_gpu() -> bool:
+    """Whether torch finds a GPU."""
+    import torch
+
+    return torch.cuda.is_available() or torch.backends.mps.is_available()
+
+
+def precision_problems(options: RuntimeOptions, device_type: str) -> list[Problem]:
+    """What stands against the precision on a device, which is "cpu" or a kind of GPU."""
+    if options.mixed_precision != "fp16" or device_type != "cpu":
+        return []
+    what = "fp16 cannot be trained on a CPU (it would silently be fp32)"
+    remedy = _missing_gpu_advice() or "Use --mixed_precision=bf16, or leave it out for fp32."
+    return [Problem(what, "--mixed_precision=fp16", remedy)]
 
 
 def _check_kernels(device: "torch.device") -> None:

@@ -227,7 +227,9 @@ def curve_lines(options: RateOptions, total_steps: int) -> list[str]:
     rate = options.optimizer.learning_rate
     if curve is None:
         return [f"learning rate: {name}, known while it runs"]
-    if not rate or min(curve.values()) == max(curve.values()) == rate:
+    if not rate:
+        return [f"learning rate: that of each part ({name})"]
+    if min(curve.values()) == max(curve.values()) == rate:
         return [f"learning rate: {rate:g} throughout ({name})"]
     places = {0, total_steps // 4, total_steps // 2, 3 * total_steps // 4, total_steps - 1}
     places.add(in_steps(schedule.lr_warmup_steps, total_steps))

@@ -64,6 +64,23 @@ def test_the_plan_is_what_is_done(model: Path, tmp_path: Path, capsys: pytest.Ca
         assert name in screen
 
 
+def test_a_dry_run_says_that_fp16_needs_a_gpu(
+    model: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    told = "on this computer the run would be refused"
+    arguments = [
+        *given(model, write_dataset(tmp_path / "data"), tmp_path / "out"),
+        "--dry_run",
+        "--mixed_precision=fp16",
+    ]
+    monkeypatch.setattr("library.inspection.has_gpu", lambda: False)
+    assert train_network.main(arguments) == 0
+    assert told in capsys.readouterr().out
+    monkeypatch.setattr("library.inspection.has_gpu", lambda: True)
+    assert train_network.main(arguments) == 0
+    assert told not in capsys.readouterr().out
+
+
 def test_a_dry_run_is_refused_as_the_run_would_be(model: Path, tmp_path: Path) -> None:
     dataset = write_dataset(tmp_path / "data")
     (tmp_path / "data" / "images" / "03.png").write_bytes(b"no image")

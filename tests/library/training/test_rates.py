@@ -183,7 +183,9 @@ def test_the_curve_on_one_line():
     assert curve_lines(rates(lr_scheduler_type="StepLR", lr_scheduler_args=("step_size=2",)), 9) == [
         "learning rate: StepLR, known while it runs"
     ]
-    assert curve_lines(rates(learning_rate=0.0, lr_scheduler="cosine"), 1) == ["learning rate: 0 throughout (cosine)"]
+    assert curve_lines(rates(learning_rate=0.0, lr_scheduler="cosine"), 1) == [
+        "learning rate: that of each part (cosine)"
+    ]
 
 
 def test_adafactor_sets_its_rate_itself():
