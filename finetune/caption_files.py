@@ -5,7 +5,7 @@ import os
 from collections.abc import Sequence
 from pathlib import Path
 
-from finetune.metadata_files import check_writable, named
+from finetune.metadata_files import check_writable, quoted
 from library.errors import Problem, UserError, raise_if_any
 from library.files import LONGEST_NAME, sweep
 
@@ -80,6 +80,6 @@ def _one_a_text_file(images: Sequence[Path], extension: str) -> list[Path]:
         log.warning(
             "%d images have the name of another one, and so the same text file, which is made from the other: %s",
             len(others),
-            named([str(image) for image in others]),
+            quoted([str(image) for image in others]),
         )
     return kept

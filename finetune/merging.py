@@ -12,7 +12,7 @@ from typing import Final, Protocol
 from tqdm import tqdm
 
 from finetune.image_search import check_names, find_images, key_of, shared_keys
-from finetune.metadata_files import Metadata, check_writable, named, read_entries, store
+from finetune.metadata_files import Metadata, check_writable, quoted, read_entries, store
 from library.data.caption_files import (
     CAPTION_SUFFIXES,
     UnreadableCaptionError,
@@ -228,7 +228,7 @@ def _judge(texts: Texts, options: Options) -> None:
         log.warning("no %s file, skipped: %s", extension, name)
     empty = [str(image) for image, text in texts.found.items() if not text]
     if empty:
-        log.warning("%d text files are empty: %s", len(empty), named(empty))
+        log.warning("%d text files are empty: %s", len(empty), quoted(empty))
 
 
 def _other_extension(images: Sequence[Path]) -> str:
@@ -249,12 +249,12 @@ def _tell_keys(before: Metadata, images: list[Path], *, full_path: bool) -> None
         log.warning(
             "%d names belong to several images, which share one entry: %s. Add --full_path to tell them apart.",
             len(shared),
-            named(shared),
+            quoted(shared),
         )
     others = [key for key in before if any(mark in key for mark in _SEPARATORS) != full_path]
     if others and images and len(others) == len(before) and not full_path:
-        log.warning("the entries so far are called by paths (%s): add --full_path, or images have two", named(others))
+        log.warning("the entries so far are called by paths (%s): add --full_path, or images have two", quoted(others))
     elif others and images and len(others) == len(before):
         log.warning(
-            "the entries so far are called by names (%s): leave --full_path out, or images have two", named(others)
+            "the entries so far are called by names (%s): leave --full_path out, or images have two", quoted(others)
         )

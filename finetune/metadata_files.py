@@ -18,6 +18,7 @@ from library.data.metadata import is_json_lines, read_metadata
 from library.errors import UserError
 from library.files import sweep, write_text
 from library.options import near_remedy
+from library.wording import named
 
 log = logging.getLogger(__name__)
 
@@ -152,7 +153,7 @@ def _tell(before: Metadata, after: Metadata, found: Sequence[Change]) -> None:
     replaced = [change for change in found if change.before is not None]
     for name, count in sorted(Counter(change.field for change in replaced).items()):
         keys = [change.key for change in replaced if change.field == name]
-        log.warning("%s changed in %d entries: %s", name, count, named(keys))
+        log.warning("%s changed in %d entries: %s", name, count, quoted(keys))
 
 
 def entries_to_replace(path: Path, *, source: Path | None) -> Metadata | None:
@@ -178,10 +179,9 @@ def _tell_replaced(path: Path, present: Metadata, after: Metadata) -> None:
     lost = [key for key in present if key not in after]
     log.warning("%s exists and is replaced; %d of its %d entries stay", path, len(present) - len(lost), len(present))
     if lost:
-        log.warning("no longer in it: %s", named(lost))
+        log.warning("no longer in it: %s", quoted(lost))
 
 
-def named(names: Sequence[str]) -> str:
-    """The first few of ``names``, and how many more there are."""
-    more = f" and {len(names) - _MOST_NAMED} more" if len(names) > _MOST_NAMED else ""
-    return ", ".join(f"'{name}'" for name in names[:_MOST_NAMED]) + more
+def quoted(names: Sequence[str]) -> str:
+    """The first few of ``names`` in quotation marks, and how many more there are."""
+    return named([f"'{name}'" for name in names], _MOST_NAMED)

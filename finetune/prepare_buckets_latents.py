@@ -24,7 +24,7 @@ from finetune.metadata_files import (  # noqa: E402
     Metadata,
     check_writable,
     entries_to_replace,
-    named,
+    quoted,
     read_entries,
     store,
 )
@@ -218,7 +218,7 @@ def _check_keys(images: Sequence[Path], *, full_path: bool) -> None:
     shared = shared_keys(list(images), full_path=full_path)
     if shared:
         raise UserError(
-            f"{len(shared)} names belong to several images: {named(shared)}",
+            f"{len(shared)} names belong to several images: {quoted(shared)}",
             where="train_data_dir",
             remedy="Use --full_path here and when merging captions and tags, or rename the images.",
         )
@@ -272,7 +272,7 @@ def _with_sizes(before: Metadata, sizes: Mapping[str, Size]) -> Metadata:
     after = deepcopy(before)
     new = [key for key in sizes if key not in before]
     if new:
-        log.warning("%d images have no entry yet and get one without a caption: %s", len(new), named(new))
+        log.warning("%d images have no entry yet and get one without a caption: %s", len(new), quoted(new))
     for key, size in sizes.items():
         after.setdefault(key, {})["train_resolution"] = list(size)
     return after

@@ -17,6 +17,7 @@ BASE = [
     "library.scrubbing",
     "library.tensor_headers",
     "library.torch_files",
+    "library.wording",
 ]
 OPTIONS = [
     "library.options",

@@ -7,7 +7,7 @@ Training reads an entry when it needs it, so the cache may be larger than memory
 
 import logging
 from collections import defaultdict
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
 from dataclasses import dataclass, replace
@@ -38,6 +38,7 @@ from library.data.latent_files import CHANNELS, is_latent_file, read_latents
 from library.data.setup import TrainingData
 from library.disk_space import CannotWriteError, check_room
 from library.errors import UserError
+from library.wording import named
 
 log = logging.getLogger(__name__)
 
@@ -456,6 +457,4 @@ def report(verdicts: Mapping[ImageView, Verdict], *, is_shared: bool) -> None:
 
 
 def _named(paths: Iterable[Path]) -> str:
-    names: Sequence[str] = [path.name for path in paths]
-    more = f" and {len(names) - _MOST_NAMED} more" if len(names) > _MOST_NAMED else ""
-    return ", ".join(names[:_MOST_NAMED]) + more
+    return named([path.name for path in paths], _MOST_NAMED)

@@ -12,6 +12,8 @@ from pathlib import Path
 from types import MappingProxyType
 from typing import Final, TypeAlias
 
+from library.wording import named
+
 PLUGINS: Final[Mapping[str, str]] = MappingProxyType({".jxl": "pillow_jxl"})
 """Formats that Pillow reads when a module is installed."""
 
@@ -234,5 +236,4 @@ def _put_images_there(folder: Path) -> str:
 
 
 def _listed(names: Sequence[str]) -> str:
-    more = f" and {len(names) - _SHOWN} more" if len(names) > _SHOWN else ""
-    return ", ".join(f"'{name}'" for name in names[:_SHOWN]) + more
+    return named([f"'{name}'" for name in names], _SHOWN)

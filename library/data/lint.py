@@ -16,6 +16,7 @@ from library.data.mask_files import lint_masks
 from library.data.records import ImageRecord
 from library.data.spec import DatasetSpec, DataSpec, Size, SubsetSpec
 from library.errors import UserError
+from library.wording import named
 
 __all__ = ["Finding", "lint"]
 
@@ -190,11 +191,10 @@ def _lint_batches(dataset: DatasetSpec, records: Sequence[ImageRecord]) -> Itera
             counts[bucket] += repeats * images
     small = [(size, count) for size, count in sorted(counts.items()) if count < dataset.batch_size]
     if small and dataset.buckets.enable_bucket:
-        named = ", ".join(f"{size[0]}x{size[1]} ({count})" for size, count in small[:_MOST_NAMED])
-        more = f" and {len(small) - _MOST_NAMED} more" if len(small) > _MOST_NAMED else ""
+        sizes = [f"{width}x{height} ({count})" for (width, height), count in small]
         yield warning(
             f"{len(small)} of {len(counts)} buckets hold fewer images (repeats counted) than batch_size "
-            f"{dataset.batch_size}, so their batches are smaller: {named}{more}",
+            f"{dataset.batch_size}, so their batches are smaller: {named(sizes, _MOST_NAMED)}",
             dataset.where,
             "They are trained all the same; for full batches crop images to common shapes, or raise their repeats.",
         )
@@ -231,5 +231,4 @@ def _lint_regularisation(dataset: DatasetSpec, records: Sequence[ImageRecord]) -
 
 def _sized(records: Sequence[ImageRecord]) -> str:
     """The first names with their sizes, and how many more there are."""
-    examples = ", ".join(f"{record.name} {record.size[0]}x{record.size[1]}" for record in records[:_MOST_NAMED])
-    return f"{examples} and {len(records) - _MOST_NAMED} more" if len(records) > _MOST_NAMED else examples
+    return named([f"{record.name} {record.size[0]}x{record.size[1]}" for record in records], _MOST_NAMED)

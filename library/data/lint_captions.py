@@ -12,6 +12,7 @@ from library.data.captions import caption_for
 from library.data.findings import Finding, warning
 from library.data.records import ImageRecord
 from library.data.spec import CaptionRules, SubsetSpec
+from library.wording import named
 
 _MOST_NAMED: Final = 5
 _ALIKE_AT_LEAST: Final = 5
@@ -272,18 +273,15 @@ def lint_orphans(subset: SubsetSpec) -> Iterator[Finding]:
     stems |= {"_".join(stem.split("_")[:-4]) for stem in stems}
     orphans = sorted(name for name in captions if name[: -len(suffix)] not in stems)
     if orphans:
-        more = f" and {len(orphans) - _MOST_NAMED} more" if len(orphans) > _MOST_NAMED else ""
         yield warning(
-            f"{len(orphans)} caption files in '{subset.name}' belong to no image: "
-            f"{', '.join(orphans[:_MOST_NAMED])}{more}",
+            f"{len(orphans)} caption files in '{subset.name}' belong to no image: {named(orphans, _MOST_NAMED)}",
             subset.where,
             "Name them as their images, or remove them.",
         )
 
 
 def _named(records: Sequence[ImageRecord]) -> str:
-    more = f" and {len(records) - _MOST_NAMED} more" if len(records) > _MOST_NAMED else ""
-    return ", ".join(record.name for record in records[:_MOST_NAMED]) + more
+    return named([record.name for record in records], _MOST_NAMED)
 
 
 def _quoted(text: str) -> str:

@@ -13,6 +13,7 @@ from library.data.file_facts import FileFacts, read_facts
 from library.data.findings import Finding, warning
 from library.data.records import ImageRecord
 from library.data.spec import SubsetSpec
+from library.wording import named
 
 __all__ = ["lint_copies", "lint_files", "near_pairs", "read_facts"]
 
@@ -84,10 +85,9 @@ def _lint_look_alikes(paths: Sequence[Path], facts: Mapping[Path, FileFacts], wh
     """Different files that look the same: resized, recompressed, slightly changed."""
     pairs = near_pairs({path: facts[path].look for path in paths if not facts[path].is_blank})
     if pairs:
-        shown = "; ".join(f"{first.name} and {second.name}" for first, second in pairs[:_MOST_NAMED])
-        more = f" and {len(pairs) - _MOST_NAMED} more" if len(pairs) > _MOST_NAMED else ""
+        alike = [f"{first.name} and {second.name}" for first, second in pairs]
         yield warning(
-            f"{len(pairs)} pairs of images look the same: {shown}{more}",
+            f"{len(pairs)} pairs of images look the same: {named(alike, _MOST_NAMED, between='; ')}",
             where,
             "Keep the better one of each pair, unless both are meant.",
         )
@@ -111,10 +111,8 @@ def near_pairs(looks: Mapping[Path, int]) -> list[tuple[Path, Path]]:
 
 
 def _names(paths: Sequence[Path]) -> str:
-    shown = [f"{path.parent.name}/{path.name}" for path in paths[:_MOST_NAMED]]
-    return ", ".join(shown) + (f" and {len(paths) - _MOST_NAMED} more" if len(paths) > _MOST_NAMED else "")
+    return named([f"{path.parent.name}/{path.name}" for path in paths], _MOST_NAMED)
 
 
 def _named(records: Sequence[ImageRecord]) -> str:
-    more = f" and {len(records) - _MOST_NAMED} more" if len(records) > _MOST_NAMED else ""
-    return ", ".join(record.name for record in records[:_MOST_NAMED]) + more
+    return named([record.name for record in records], _MOST_NAMED)

@@ -16,6 +16,7 @@ from library.data.folders import explain_image_dir, image_names
 from library.data.image_headers import UnreadableImageError
 from library.data.spec import Size, SubsetSpec
 from library.errors import UserError
+from library.wording import named
 
 if TYPE_CHECKING:
     from library.data.records import ImageRecord
@@ -48,7 +49,7 @@ def find_masks(images: Sequence[Path], subset: SubsetSpec) -> tuple[list[Path | 
         findings.append(
             error(
                 f"{len(without)} of {len(images)} images in '{subset.name}' have no mask in '{folder}': "
-                f"{_named(without)}",
+                f"{named(without, _MOST_NAMED)}",
                 subset.where,
                 f"Save a mask for each under the image's name, for example '{Path(without[0]).stem}.png'; where the "
                 "whole image counts, a white one.",
@@ -70,7 +71,7 @@ def unused_masks(subsets: Iterable[SubsetSpec], used: Collection[Path]) -> Itera
         unused = [name for name in names if folder / name not in used]
         if unused and len(unused) < len(names):
             yield warning(
-                f"{len(unused)} masks in '{folder}' belong to no image: {_named(unused)}",
+                f"{len(unused)} masks in '{folder}' belong to no image: {named(unused, _MOST_NAMED)}",
                 subset.where,
                 "Give them the names of their images, or remove them.",
             )
@@ -110,11 +111,12 @@ def _lint_shapes(subset: SubsetSpec, masks: FolderFiles, records: Sequence["Imag
         elif not _same_shape(size, image):
             misshapen.append(f"{name} {size[0]}x{size[1]} for {image[0]}x{image[1]}")
     if damaged:
-        what = f"{len(damaged)} masks of '{subset.name}' cannot be read: {_named(damaged)}"
+        what = f"{len(damaged)} masks of '{subset.name}' cannot be read: {named(damaged, _MOST_NAMED)}"
         yield error(what, subset.where, "Replace the files with whole copies.")
     if misshapen:
         yield error(
-            f"{len(misshapen)} masks of '{subset.name}' do not have the shape of their image: {_named(misshapen)}",
+            f"{len(misshapen)} masks of '{subset.name}' do not have the shape of their image: "
+            f"{named(misshapen, _MOST_NAMED)}",
             subset.where,
             "Save each mask at the size of its image.",
         )
@@ -135,8 +137,3 @@ def _range(record: "ImageRecord", subset: SubsetSpec) -> tuple[int, int] | None:
     if levels is None:
         return None if record.is_reg else (255, 255)
     return int(levels.min()), int(levels.max())
-
-
-def _named(names: Sequence[str]) -> str:
-    more = f" and {len(names) - _MOST_NAMED} more" if len(names) > _MOST_NAMED else ""
-    return ", ".join(names[:_MOST_NAMED]) + more

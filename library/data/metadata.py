@@ -21,6 +21,7 @@ from library.data.folders import explain_image_dir, image_names
 from library.data.latent_files import LatentNames, check_latents, is_latent_file, judge_latents
 from library.data.spec import Size, SubsetSpec, size_objection
 from library.documents import DocumentError, decode_text, is_text, load_json, printable
+from library.wording import named
 
 _MOST_NAMED: Final = 5
 
@@ -414,5 +415,4 @@ def _shortened(findings: list[Finding], path: Path) -> list[Finding]:
 
 
 def _named(names: Sequence[str]) -> str:
-    more = f" and {len(names) - _MOST_NAMED} more" if len(names) > _MOST_NAMED else ""
-    return ", ".join(f"'{name}'" for name in names[:_MOST_NAMED]) + more
+    return named([f"'{name}'" for name in names], _MOST_NAMED)

@@ -28,6 +28,7 @@ from library.data.mask_files import find_masks, unused_masks
 from library.data.metadata import DescribedImage, described_images, unlisted_images
 from library.data.spec import DatasetSpec, DataSpec, Size, SubsetSpec
 from library.data.unreadable import unreadable_caption, unreadable_image
+from library.wording import named
 
 _Image: TypeAlias = tuple[Path, str, Size | UnreadableImageError, str | None, str | None, Size | None]
 """Folder, file name, displayed size or why there is none, caption, tags, size to train at."""
@@ -307,14 +308,15 @@ def _judge_captions(captions: Mapping[str, str], longer: Sequence[str], subset: 
     empty = [image for image, caption in captions.items() if not caption]
     if empty:
         yield warning(
-            f"{len(empty)} caption files in '{subset.name}' are empty or begin with an empty line: {_named(empty)}",
+            f"{len(empty)} caption files in '{subset.name}' are empty or begin with an empty line: "
+            f"{named(empty, _MOST_NAMED)}",
             subset.where,
             "Write a caption, or remove the files so that the class tokens are used.",
         )
     if longer and not subset.captions.enable_wildcard:
         yield warning(
             f"{len(longer)} caption files in '{subset.name}' have several lines, and only the first is used: "
-            f"{_named(longer)}",
+            f"{named(longer, _MOST_NAMED)}",
             subset.where,
             "Write one line, or set enable_wildcard = true to choose a line at random each time.",
         )
@@ -323,7 +325,7 @@ def _judge_captions(captions: Mapping[str, str], longer: Sequence[str], subset: 
 def _some_captions_missing(without: Sequence[str], count: int, subset: SubsetSpec) -> Finding:
     return warning(
         f"{len(without)} of {count} images in '{subset.name}' have no {subset.caption_extension} file and are trained "
-        f"with {_fallback(subset)}: {_named(without)}",
+        f"with {_fallback(subset)}: {named(without, _MOST_NAMED)}",
         subset.where,
         "Write the missing captions, or leave it so if it is meant.",
     )
@@ -369,18 +371,14 @@ def _fallback(subset: SubsetSpec) -> str:
     return f"the class tokens '{subset.class_tokens}'" if subset.class_tokens else "an empty caption"
 
 
-def _named(names: Sequence[str]) -> str:
-    more = f" and {len(names) - _MOST_NAMED} more" if len(names) > _MOST_NAMED else ""
-    return ", ".join(names[:_MOST_NAMED]) + more
-
-
 def _shortened(findings: list[Finding], kind: str, subset: SubsetSpec) -> list[Finding]:
     """The first few of many alike, and one that counts the rest."""
     if len(findings) <= _MOST_NAMED:
         return findings
     rest = [Path(finding.where).name for finding in findings[_MOST_NAMED:]]
     remedy = findings[0].remedy
-    return [*findings[:_MOST_NAMED], error(f"{len(rest)} more {kind}: {_named(rest)}", str(subset.image_dir), remedy)]
+    what = f"{len(rest)} more {kind}: {named(rest, _MOST_NAMED)}"
+    return [*findings[:_MOST_NAMED], error(what, str(subset.image_dir), remedy)]
 
 
 def _balanced(records: Sequence[ImageRecord], dataset: DatasetSpec, findings: list[Finding]) -> list[ImageRecord]:

@@ -16,6 +16,7 @@ from library.data.options import ValidationOptions
 from library.data.records import ImageRecord, balance_regularisation
 from library.data.spec import AugmentRules, CaptionRules, DatasetSpec, DataSpec, SubsetSpec
 from library.randomness import key, python_random
+from library.wording import named
 
 DEFAULT_SEED: Final = 0
 """Not the seed of the run: runs with other seeds hold out the same images, and one that is resumed does, too."""
@@ -187,7 +188,8 @@ def _findings(
         )
     if shared:
         yield warning(
-            f"{len(shared)} images are not trained on, because the same files are held out elsewhere: {_named(shared)}",
+            f"{len(shared)} images are not trained on, because the same files are held out elsewhere: "
+            f"{named([record.path.name for record in shared], _MOST_NAMED)}",
             where,
             "Give the data sets the same validation_split, or different images.",
         )
@@ -209,9 +211,3 @@ def _without_effect(spec: DataSpec, options: ValidationOptions) -> Iterable[Find
             names[0],
             "Give --validation_split (0.1 holds out a tenth of the images), or leave them out.",
         )
-
-
-def _named(records: Sequence[ImageRecord]) -> str:
-    names = [record.path.name for record in records[:_MOST_NAMED]]
-    more = f" and {len(records) - _MOST_NAMED} more" if len(records) > _MOST_NAMED else ""
-    return ", ".join(names) + more

@@ -27,6 +27,7 @@ from library.models.recognise import (
 )
 from library.models.tokenizer import has_tokenizer, tokenizer_folders
 from library.models.variant import TEXT_WIDTHS, Family, Prediction
+from library.wording import named
 
 PARTS: Final = ("unet", "vae", "text_encoder")
 """The folders of a Diffusers model that hold weights."""
@@ -322,9 +323,7 @@ def read_config(path: Path) -> dict[str, Any]:
 
 def _contents(folder: Path) -> str:
     names = sorted(entry.name + "/" * entry.is_dir() for entry in folder.iterdir()) if folder.is_dir() else []
-    if not names:
-        return "it is empty"
-    return "it has " + ", ".join(names[:5]) + (f" and {len(names) - 5} more" if len(names) > 5 else "")
+    return f"it has {named(names, 5)}" if names else "it is empty"
 
 
 def _folder_remedy(folder: Path) -> str:

@@ -15,6 +15,7 @@ from torch import Tensor, nn
 from library.errors import UserError
 from library.models.deferred import DeferredModule
 from library.models.structure import Config
+from library.wording import named
 
 _SHOWN: Final = 3
 _LAYER_COUNTS: Final = (
@@ -119,7 +120,7 @@ def _fitting(module: nn.Module, tensors: dict[str, Tensor], *, part: str, where:
              if ready[name].shape != expected[name]]  # fmt: skip
     if wrong:
         raise UserError(
-            f"the weights of the {part} do not fit its configuration: {_some(wrong)}",
+            f"the weights of the {part} do not fit its configuration: {named(wrong, _SHOWN)}",
             where=where,
             remedy="Check that the file belongs to this model and is a Stable Diffusion 1.x or 2.x model.",
         )
@@ -131,8 +132,8 @@ def _check_names(expected: Mapping[str, object], found: Mapping[str, object], pa
     unexpected = [name for name in found if name not in expected]
     if not missing and not unexpected:
         return
-    said = [f"{len(missing)} are missing ({_some(missing)})"] if missing else []
-    said += [f"{len(unexpected)} are not known ({_some(unexpected)})"] if unexpected else []
+    said = [f"{len(missing)} are missing ({named(missing, _SHOWN)})"] if missing else []
+    said += [f"{len(unexpected)} are not known ({named(unexpected, _SHOWN)})"] if unexpected else []
     raise UserError(
         f"of the {len(expected)} weights of the {part}, " + " and ".join(said),
         where=where,
@@ -145,8 +146,3 @@ def _without_ones(shape: Iterable[int]) -> list[int]:
     while sizes and sizes[-1] == 1:
         sizes.pop()
     return sizes
-
-
-def _some(items: list[str]) -> str:
-    more = f" and {len(items) - _SHOWN} more" if len(items) > _SHOWN else ""
-    return ", ".join(items[:_SHOWN]) + more

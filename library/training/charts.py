@@ -6,6 +6,7 @@ from dataclasses import dataclass
 from typing import Final
 
 from library.training.history import Curve
+from library.wording import named
 
 WIDTH: Final = 720
 HEIGHT: Final = 230
@@ -127,12 +128,7 @@ def _merged(lines: Sequence[Line]) -> list[Line]:
     together: dict[tuple[tuple[float, float], ...], list[str]] = {}
     for line in lines:
         together.setdefault(tuple(line.points), []).append(line.name)
-    return [Line(name=_joined(names), points=points) for points, names in together.items()]
-
-
-def _joined(names: Sequence[str]) -> str:
-    more = f" and {len(names) - _MOST_NAMES} more" if len(names) > _MOST_NAMES else ""
-    return ", ".join(names[:_MOST_NAMES]) + more
+    return [Line(name=named(names, _MOST_NAMES), points=points) for points, names in together.items()]
 
 
 def chart(title: str, lines: Sequence[Line], *, note: str = "") -> Chart | None:

@@ -233,6 +233,16 @@ def test_a_vae_is_checked_with_the_model_and_all_problems_are_found(tiny_folder,
     assert "no such file" in only(problems(tiny_folder("sd1"), vae=str(tmp_path / "vae.pt"))).what
 
 
+def test_a_folder_without_weights_is_described_by_a_few_of_its_names(tiny_folder, tmp_path):
+    for name in "abcde":
+        (tmp_path / f"{name}.txt").touch()
+    said = "it has a.txt, b.txt, c.txt, d.txt, e.txt"
+    assert f"({said})" in only(problems(tiny_folder("sd1"), vae=str(tmp_path))).what
+    (tmp_path / "f").mkdir()
+    (tmp_path / "g").mkdir()
+    assert f"({said} and 2 more)" in only(problems(tiny_folder("sd1"), vae=str(tmp_path))).what
+
+
 def test_every_form_of_vae_is_accepted(tiny_folder, tiny_file):
     folder = tiny_folder("sd1")
     assert describe_vae(str(folder)) == folder / "vae"
