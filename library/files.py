@@ -37,7 +37,7 @@ if TYPE_CHECKING:
 
 TORCH_SUFFIXES: Final = (".ckpt", ".pt", ".bin", ".pth")
 _TEMPORARY_MARK: Final = ".writing-"
-_REPLACED_MARK: Final = ".replaced-"
+REPLACED_MARK: Final = ".replaced-"
 _HALF_MADE: Final = re.compile(f"(?:{re.escape(_TEMPORARY_MARK)}[0-9a-f]{{8}}-)+(.+)", re.DOTALL)
 _HASH_CHUNK: Final = 1 << 20
 LONGEST_NAME: Final = 255
@@ -208,22 +208,28 @@ def folder_written_whole(folder: Path, *, may_replace: Callable[[Path], bool], s
     temporary = folder.with_name(f"{_TEMPORARY_MARK}{uuid.uuid4().hex[:8]}-{folder.name}")
     with room_for(folder, size):
         try:
-            _recover(folder)
+            recover(folder)
+            _remove_half_made(folder)
             temporary.mkdir(parents=True)
             yield temporary
             sync_folder(temporary)
             _put_folder_in_place(temporary, folder, may_replace)
-            sync_folder(folder.parent)
         finally:
             shutil.rmtree(temporary, ignore_errors=True)
 
 
-def _recover(folder: Path) -> None:
-    """Mend what a killed process left: a replacement cut off between its two renames or after, a folder half made."""
-    replaced = folder.with_name(_REPLACED_MARK + folder.name)
+def recover(folder: Path) -> None:
+    """Undo a replacement that was cut off between its two renames; finish one that was cut off after them."""
+    replaced = folder.with_name(REPLACED_MARK + folder.name)
     if replaced.is_dir() and not folder.exists():
-        os.replace(replaced, folder)
+        # Another process of the run may have been quicker.
+        with suppress(FileNotFoundError):
+            os.replace(replaced, folder)
     shutil.rmtree(replaced, ignore_errors=True)
+
+
+def _remove_half_made(folder: Path) -> None:
+    """Remove what killed processes have begun to write under the name of ``folder``."""
     for entry in folder.parent.iterdir() if folder.parent.is_dir() else ():
         half_made = _HALF_MADE.fullmatch(entry.name)
         if half_made and half_made[1] == folder.name and entry.is_dir():
@@ -231,7 +237,7 @@ def _recover(folder: Path) -> None:
 
 
 def _put_folder_in_place(temporary: Path, folder: Path, may_replace: Callable[[Path], bool]) -> None:
-    replaced = folder.with_name(_REPLACED_MARK + folder.name)
+    replaced = folder.with_name(REPLACED_MARK + folder.name)
     reason = "is something else, and is not replaced" if folder.exists() and not may_replace(folder) else ""
     if not reason:
         try:
@@ -250,6 +256,8 @@ def _put_folder_in_place(temporary: Path, folder: Path, may_replace: Callable[[P
             where=str(folder.parent),
             remedy="Move what has the name out of the way, then rename the new folder.",
         )
+    # What was replaced goes when nothing can undo the renames any more.
+    sync_folder(folder.parent)
     shutil.rmtree(replaced, ignore_errors=True)
 
 
@@ -273,8 +281,8 @@ def sweep(folder: Path, owns: Callable[[str], bool]) -> None:
     What was replaced while its replacement has no name yet gets its name back; everything else in the making goes.
     """
     for entry in sorted(folder.iterdir()) if folder.is_dir() else ():
-        if entry.name.startswith(_REPLACED_MARK) and owns(entry.name.removeprefix(_REPLACED_MARK)):
-            _recover(entry.with_name(entry.name.removeprefix(_REPLACED_MARK)))
+        if entry.name.startswith(REPLACED_MARK) and owns(entry.name.removeprefix(REPLACED_MARK)):
+            recover(entry.with_name(entry.name.removeprefix(REPLACED_MARK)))
         elif (half_made := _HALF_MADE.fullmatch(entry.name)) and owns(half_made[1]):
             if entry.is_dir():
                 shutil.rmtree(entry, ignore_errors=True)
@@ -284,7 +292,7 @@ def sweep(folder: Path, owns: Callable[[str], bool]) -> None:
 
 def is_temporary(name: str) -> bool:
     """Whether ``name`` is that of a file in the making, which stays behind only where its process was killed."""
-    return name.startswith((_TEMPORARY_MARK, _REPLACED_MARK))
+    return name.startswith((_TEMPORARY_MARK, REPLACED_MARK))
 
 
 def _put_in_place(temporary: Path, path: Path) -> None:

@@ -6,23 +6,21 @@ kept. Its manifest, written last, lists size and hash of every file; a folder wi
 
 import json
 import logging
-import os
 import pickle
-import shutil
-import uuid
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Final
 
-from library.disk_space import room_for
 from library.documents import DocumentError, read_table
 from library.errors import Problem, UserError, raise_if_any
 from library.files import (
+    REPLACED_MARK,
+    folder_written_whole,
+    is_temporary,
     read_tensors,
+    recover,
     sha256_of_file,
-    sync_folder,
     write_json,
     write_tensors,
     write_text,
@@ -53,8 +51,6 @@ _MODELS: Final = ((MODEL, "model_1.safetensors"), ("pytorch_model.bin", "pytorch
 _FORMAT: Final = 1
 _EMA_UPDATES: Final = "updates"
 _NEEDED: Final = (MODEL, OPTIMIZER, SCHEDULER, PROGRESS, FINGERPRINT)
-_WRITING: Final = ".writing-"
-_REPLACED: Final = ".replaced-"
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -95,21 +91,13 @@ def write_state(folder: Path, state: TrainingState) -> None:
 
     Raises:
         CannotWriteError: The folder cannot be written to; a former state is kept.
-        UserError: A tensor is not finite.
+        UserError: A tensor is not finite; or another program holds the name, and the state is kept under the one that
+            is told.
     """
-    temporary = folder.with_name(f"{_WRITING}{uuid.uuid4().hex[:8]}-{folder.name}")
-    with room_for(folder, size_of(state)):
-        try:
-            _recover(folder)
-            for leftover in folder.parent.glob(f"{_WRITING}*-{folder.name}"):
-                shutil.rmtree(leftover, ignore_errors=True)
-            temporary.mkdir(parents=True)
-            _write_contents(temporary, state)
-            reason = _incompleteness(temporary)
-            raise_if_any([_not_a_state(temporary, reason)] if reason else [])
-            _put_in_place(temporary, folder)
-        finally:
-            shutil.rmtree(temporary, ignore_errors=True)
+    with folder_written_whole(folder, may_replace=lambda _: True, size=size_of(state)) as temporary:
+        _write_contents(temporary, state)
+        reason = _incompleteness(temporary)
+        raise_if_any([_not_a_state(temporary, reason)] if reason else [])
 
 
 def size_of(state: TrainingState) -> int:
@@ -162,36 +150,16 @@ def _write_pickle(path: Path, content: Mapping[str, Any]) -> None:
         torch.save(dict(content), file)
 
 
-def _put_in_place(temporary: Path, folder: Path) -> None:
-    """Give the complete ``temporary`` its final name; what had it goes afterwards."""
-    replaced = folder.with_name(_REPLACED + folder.name)
-    if folder.exists():
-        os.replace(folder, replaced)
-    os.replace(temporary, folder)
-    sync_folder(folder.parent)
-    shutil.rmtree(replaced, ignore_errors=True)
-
-
-def _recover(folder: Path) -> None:
-    """Undo a replacement that was cut off between its two renames; finish one that was cut off after them."""
-    replaced = folder.with_name(_REPLACED + folder.name)
-    if replaced.is_dir() and not folder.exists():
-        # Another process of the run may have been quicker.
-        with suppress(FileNotFoundError):
-            os.replace(replaced, folder)
-    shutil.rmtree(replaced, ignore_errors=True)
-
-
 def find_states(folder: Path) -> list[Path]:
     """The states directly below ``folder`` whose files are all there, in the order in which they were saved."""
     if not folder.is_dir():
         return []
-    for cut_off in folder.glob(f"{_REPLACED}*-state"):
-        _recover(cut_off.with_name(cut_off.name.removeprefix(_REPLACED)))
+    for cut_off in folder.glob(f"{REPLACED_MARK}*-state"):
+        recover(cut_off.with_name(cut_off.name.removeprefix(REPLACED_MARK)))
     found = [
         path
         for path in sorted(folder.iterdir())
-        if path.is_dir() and not path.name.startswith((_WRITING, _REPLACED)) and not _incompleteness(path)
+        if path.is_dir() and not is_temporary(path.name) and not _incompleteness(path)
     ]
     return sorted(found, key=_age)
 
@@ -227,7 +195,7 @@ def seed_of(folder: Path) -> int | None:
 
 def check_state(folder: Path) -> list[Problem]:
     """What stands against continuing from ``folder``, by names and sizes; quick, and imports nothing heavy."""
-    _recover(folder)
+    recover(folder)
     if not folder.is_dir():
         what = "is a file, not a state folder" if folder.exists() else "does not exist"
         return [

@@ -233,6 +233,23 @@ def test_a_replacement_cut_off_between_its_renames_is_undone(tmp_path):
     assert os.listdir(tmp_path) == ["toy-state"]
 
 
+def test_a_state_whose_name_another_program_holds_is_kept_under_another_one(tmp_path, monkeypatch):
+    """As Windows does with a folder that a program has open."""
+    replace = os.replace
+    write_state(tmp_path / "toy-state", state_at(5))
+
+    def held(source, target):
+        if target == tmp_path / "toy-state" and source.name.startswith(".writing"):
+            raise PermissionError
+        replace(source, target)
+
+    monkeypatch.setattr("library.files.os.replace", held)
+    with pytest.raises(UserError, match="held by another program; the new content is in toy-state-"):
+        write_state(tmp_path / "toy-state", state_at(6))
+    assert sorted(read_state(path).step for path in tmp_path.iterdir()) == [5, 6]
+    assert read_state(tmp_path / "toy-state").step == 5
+
+
 def test_leftovers_of_a_killed_write_are_cleared(tmp_path):
     (tmp_path / ".writing-0123abcd-toy-state").mkdir()
     write_state(tmp_path / "toy-state", state_at(5))
