@@ -5,7 +5,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from library.errors import UserError
-from library.models.detect import describe_vae, read_config, vae_folder, weight_file
+from library.models.detect import describe_vae, vae_folder
 
 if TYPE_CHECKING:
     import torch
@@ -45,17 +45,10 @@ def load_vae(source: str, dtype: "torch.dtype") -> Any:
     Raises:
         UserError: There is no usable VAE.
     """
-    from library.files import read_tensors
     from library.models.hub import fetch_vae
-    from library.models.ldm_file import PartWeights, vae_of_checkpoint
-    from library.models.ldm_keys import vae_from_folder
     from library.models.parts import prepare_vae
+    from library.models.stable_diffusion import read_vae
 
     where = f"{FLAG} {source}"
-    path = _local(source) or vae_folder(fetch_vae(source))
-    if path.is_dir():
-        config = read_config(path / "config.json")
-        weights = PartWeights(config, vae_from_folder(read_tensors(weight_file(path, "vae")).tensors))
-    else:
-        weights = vae_of_checkpoint(read_tensors(path, mapped=True), where=where, beside=path.with_name("config.json"))
+    weights = read_vae(_local(source) or vae_folder(fetch_vae(source)), where=where)
     return prepare_vae(weights.config, weights.tensors, dtype=dtype, where=where).module

@@ -8,8 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from library.data.dataset import Batch
-from library.errors import UserError
-from library.files import written_whole
+from library.files import check_finite, written_whole
 from library.models.checkpointing import use_checkpointing, use_text_checkpointing
 from library.models.precision import save_dtype
 from library.task import DenoisingTask
@@ -93,13 +92,7 @@ class NetworkTraining:
             UserError: A weight is not finite, or the folder cannot be written to; the former file is kept.
         """
         tensors = self.trained.state_dict()
-        for name, tensor in tensors.items():
-            if tensor.is_floating_point() and not bool(torch.isfinite(tensor.to(self._dtype or tensor.dtype)).all()):
-                raise UserError(
-                    f"refusing to save: {name} holds values that are not finite",
-                    where=str(path),
-                    remedy="Lower the learning rate, or use bf16 or fp32 instead of fp16; the previous file is kept.",
-                )
+        check_finite(tensors, self._dtype, path)
         size = sum(tensor.numel() * (self._dtype or tensor.dtype).itemsize for tensor in tensors.values())
         with written_whole(path, size=size) as temporary:
             # Third-party modules write the file themselves.

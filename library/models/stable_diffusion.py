@@ -94,13 +94,13 @@ def load_stable_diffusion(
     raise_if_any(family_problems(facts, model))
     assert facts.path, "what is loaded has a path"
     origin = origin_of(facts.path)
+    where = f"{MODEL_FLAG} {facts.path}"
+    vae_where = f"{VAE_FLAG} {model.vae}" if model.vae else where
     weights = _read_file(facts, model) if facts.kind == "file" else _read_folder(facts)
     for notice in prediction_notices(facts, model):
         _LOG.warning(notice)
     if model.vae:
-        weights["vae"] = _read_vae(model.vae)
-    where = f"{MODEL_FLAG} {facts.path}"
-    vae_where = f"{VAE_FLAG} {model.vae}" if model.vae else where
+        weights["vae"] = read_vae(describe_vae(model.vae) or vae_folder(fetch_vae(model.vae)), where=vae_where)
     unet, vae, text = (weights.pop(part) for part in PARTS)
     family: Family = "sd2" if model.v2 else "sd1"
     if family == "sd2":
@@ -165,13 +165,15 @@ def _read_part(folder: Path, part: str) -> PartWeights:
     return PartWeights(config, tensors)
 
 
-def _read_vae(source: str) -> PartWeights:
-    path = describe_vae(source)
-    if path is None:
-        path = vae_folder(fetch_vae(source))
+def read_vae(path: Path, *, where: str) -> PartWeights:
+    """The VAE in ``path``: its own folder, or a checkpoint (a whole one, or of a VAE alone).
+
+    Raises:
+        UserError: There is no usable VAE; ``where`` is what the message names.
+    """
     if path.is_dir():
         return _read_part(path, "vae")
-    return vae_of_checkpoint(read_tensors(path), where=f"{VAE_FLAG} {source}", beside=path.with_name("config.json"))
+    return vae_of_checkpoint(read_tensors(path, mapped=True), where=where, beside=path.with_name("config.json"))
 
 
 def _tokenizer(facts: SourceFacts, prompts: PromptOptions, family: Family, vocabulary: int) -> Any:
