@@ -1,6 +1,5 @@
 """The files of a tagger: in a local folder, or fetched into one from the hub and compared with the hub's digests."""
 
-import hashlib
 import logging
 import os
 import re
@@ -10,6 +9,7 @@ from typing import Final
 
 from finetune.tagger_model import MAPPED, USUAL, Layout, layout_of
 from library.errors import UserError, first_line
+from library.files import sha256_of_file
 
 _SHA256: Final = re.compile(r"[0-9a-f]{64}")
 
@@ -86,8 +86,7 @@ def _compare(path: Path, known: str | None, where: str) -> None:
     """Refuse a file whose content is not what the hub says; of small files it does not say it."""
     if known is None or not _SHA256.fullmatch(known):
         return
-    with path.open("rb") as file:
-        found = hashlib.file_digest(file, "sha256").hexdigest()
+    found = sha256_of_file(path)
     if found != known:
         raise UserError(
             f"{path.name} was damaged on its way: its SHA-256 is {found[:12]}…, the hub says {known[:12]}…",

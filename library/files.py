@@ -39,7 +39,6 @@ TORCH_SUFFIXES: Final = (".ckpt", ".pt", ".bin", ".pth")
 _TEMPORARY_MARK: Final = ".writing-"
 REPLACED_MARK: Final = ".replaced-"
 _HALF_MADE: Final = re.compile(f"(?:{re.escape(_TEMPORARY_MARK)}[0-9a-f]{{8}}-)+(.+)", re.DOTALL)
-_HASH_CHUNK: Final = 1 << 20
 LONGEST_NAME: Final = 255
 """Bytes of a file name, on every usual system."""
 _RECORD: Final = 640
@@ -462,11 +461,8 @@ def _alone(tensor: "Tensor") -> "Tensor":
 
 def sha256_of_file(path: Path) -> str:
     """SHA-256 of the whole file, in hexadecimal."""
-    digest = hashlib.sha256()
     with path.open("rb") as file:
-        while chunk := file.read(_HASH_CHUNK):
-            digest.update(chunk)
-    return digest.hexdigest()
+        return hashlib.file_digest(file, "sha256").hexdigest()
 
 
 def legacy_hash(content: bytes) -> str:

@@ -52,7 +52,6 @@ _LONGEST_SIDE: Final = 1 << 30
 _OLD_MIRRORED: Final = "_flip"
 """Ends the stem of the older files with mirrored latents."""
 _SAME_FILTER: Final[Mapping[str, str]] = {"linear": "bilinear", "cubic": "bicubic"}
-_CHUNK: Final = 1 << 20
 _CHANNELS: Final = 4
 _BESIDES: Final = 2500
 """Bytes of an entry besides its arrays, about."""
@@ -203,11 +202,8 @@ class Entry:
 
 def content_digest(path: Path) -> str:
     """BLAKE2b of the bytes of ``path``, 128 bits in hexadecimal."""
-    digest = hashlib.blake2b(digest_size=16)
     with path.open("rb") as file:
-        while chunk := file.read(_CHUNK):
-            digest.update(chunk)
-    return digest.hexdigest()
+        return hashlib.file_digest(file, lambda: hashlib.blake2b(digest_size=16)).hexdigest()
 
 
 def size_of(bucket: Size, *, flip: bool, mask: bool) -> int:

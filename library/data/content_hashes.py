@@ -1,6 +1,5 @@
 """SHA-256 of whole files, computed on all cores and remembered while a file keeps its size and time of change."""
 
-import hashlib
 import os
 import time
 from collections import defaultdict
@@ -14,6 +13,7 @@ import numpy as np
 from tqdm import tqdm
 
 from library.data.index import Stamp, Table, is_settled, read_table, stamp_of, write_table
+from library.files import sha256_of_file
 
 _KIND: Final = "sha256"
 _WORTH_SHOWING: Final = 1_000_000_000
@@ -75,8 +75,7 @@ def _computed(paths: list[Path], *, progress: bool) -> dict[Path, str]:
 
 def _hash(path: Path) -> str:
     try:
-        with path.open("rb") as file:
-            return hashlib.file_digest(file, "sha256").hexdigest()
+        return sha256_of_file(path)
     except OSError:
         return ""
 
