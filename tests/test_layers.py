@@ -14,6 +14,7 @@ BASE = [
     "library.disk_space",
     "library.documents",
     "library.files",
+    "library.pages",
     "library.scrubbing",
     "library.tensor_headers",
     "library.torch_files",

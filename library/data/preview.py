@@ -4,18 +4,14 @@ The pixels and captions are those that :class:`library.data.dataset.TrainingData
 keys. Names and captions come from the user's files, so the page's template escapes everything.
 """
 
-import base64
-import io
 import os
 import sys
-import unicodedata
 import webbrowser
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from functools import cache
 from itertools import islice
 from pathlib import Path
-from typing import TYPE_CHECKING, Final, Protocol
+from typing import Final, Protocol
 
 import numpy as np
 import torch
@@ -30,10 +26,10 @@ from library.data.latent_files import is_latent_file
 from library.data.setup import TrainingData
 from library.data.spec import Size
 from library.files import write_text, written_whole
+from library.pages import data_address, page_template
+from library.wording import label
 
-if TYPE_CHECKING:
-    import jinja2
-
+_PAGE: Final = Path(__file__).with_name("preview.html")
 _EPOCHS: Final = 2
 _MOST_PICTURES: Final = 200
 """Pictures of an epoch; the page holds them all, so there is an end to it."""
@@ -104,7 +100,7 @@ class Crop:
     @property
     def source(self) -> str:
         """The whole image as a ``data:`` address, for the page."""
-        return _address(self.image)
+        return data_address(self.image)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -142,7 +138,7 @@ class Picture:
         """The picture as a ``data:`` address, for the page."""
         small = self.image.copy()
         small.thumbnail((_PAGE_SIDE, _PAGE_SIDE), Image.Resampling.LANCZOS)
-        return _address(small)
+        return data_address(small)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -202,7 +198,7 @@ def write_preview(
         earlier.unlink()
     sheets = tuple(_write_sheets(folder, batches))
     page = folder / "index.html"
-    write_text(page, _template().render(batches=batches, notes=notes, limit=tokens_of.limit, seed=seed))
+    write_text(page, page_template(_PAGE).render(batches=batches, notes=notes, limit=tokens_of.limit, seed=seed))
     return Preview(page=page, sheets=sheets)
 
 
@@ -308,23 +304,7 @@ def _crop(view: ImageView, origin: Size) -> Crop | None:
     return Crop(image=whole, box=(left, top, width, height))
 
 
-def _address(image: Image.Image) -> str:
-    """``image`` as a ``data:`` address."""
-    buffer = io.BytesIO()
-    image.save(buffer, format="JPEG", quality=85)
-    return "data:image/jpeg;base64," + base64.b64encode(buffer.getvalue()).decode("ascii")
-
-
 # --- the page
-
-
-@cache
-def _template() -> "jinja2.Template":
-    import jinja2
-
-    source = Path(__file__).with_name("preview.html").read_text(encoding="utf-8")
-    environment = jinja2.Environment(autoescape=True, undefined=jinja2.StrictUndefined, trim_blocks=True)
-    return environment.from_string(source)
 
 
 def open_in_browser(page: Path) -> bool:
@@ -377,12 +357,5 @@ def _sheet(cells: Sequence[tuple[ShownBatch, Picture]]) -> Image.Image:
             picture.caption or "(no caption)",
         )
         for line, text in enumerate(line for line in lines if line):
-            draw.text((left + 4, top + _SHEET_SIDE + 16 * line), _label(text), fill="black", font=font)
+            draw.text((left + 4, top + _SHEET_SIDE + 16 * line), label(text, _LONGEST_LABEL), fill="black", font=font)
     return sheet
-
-
-def _label(text: str) -> str:
-    """``text`` on one line that fits; of letters the built-in font lacks, the plain letter or a question mark."""
-    plain = "".join(letter for letter in unicodedata.normalize("NFKD", text) if not unicodedata.combining(letter))
-    line = " ".join(plain.split()).encode("ascii", "replace").decode("ascii")
-    return f"{line[: _LONGEST_LABEL - 1]}..." if len(line) > _LONGEST_LABEL else line

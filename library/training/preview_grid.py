@@ -2,12 +2,12 @@
 
 import contextlib
 import re
-import unicodedata
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Final
 
 from library.training.prompt_files import PreviewPrompt
+from library.wording import label
 
 if TYPE_CHECKING:
     from PIL.Image import Image
@@ -103,8 +103,8 @@ class PreviewGrid:
             draw.text((_GAP + column * (width + _GAP), 4), f"step {step}", fill="#555555", font=font)
         for row in rows:
             top = _HEAD + row * (_LABEL + height + _GAP)
-            label = _plain(self.prompts[row].prompt, (size[0] - 2 * _GAP) // _LETTER)
-            draw.text((_GAP, top), label, fill="black", font=font)
+            prompt = label(self.prompts[row].prompt, (size[0] - 2 * _GAP) // _LETTER)
+            draw.text((_GAP, top), prompt, fill="black", font=font)
             for column, step in enumerate(self.steps):
                 image = self.at(row, step)
                 if image is not None:
@@ -130,10 +130,3 @@ def _small(image: "Image") -> "Image":
     small = image.convert("RGB")
     small.thumbnail((SIDE, SIDE), Image.Resampling.LANCZOS)
     return small
-
-
-def _plain(text: str, longest: int) -> str:
-    """``text`` on one line that fits; of letters the built-in font lacks, the plain letter or a question mark."""
-    plain = "".join(letter for letter in unicodedata.normalize("NFKD", text) if not unicodedata.combining(letter))
-    line = " ".join(plain.split()).encode("ascii", "replace").decode("ascii")
-    return f"{line[: max(longest - 3, 0)]}..." if len(line) > longest else line

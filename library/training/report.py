@@ -4,26 +4,23 @@ What stands in it comes from the user's files and options, so the page's templat
 paths or secrets has been through :mod:`library.training.privacy` before.
 """
 
-import base64
-import io
 from collections.abc import Sequence
 from dataclasses import dataclass
-from functools import cache
 from pathlib import Path
 from typing import TYPE_CHECKING, Final, Literal
 
 from library.files import write_text
+from library.pages import data_address, page_template
 from library.training import charts
 from library.training.charts import Chart
 from library.training.preview_grid import PreviewGrid
 
 if TYPE_CHECKING:
-    import jinja2
-    from PIL.Image import Image
+    pass
 
 Outcome = Literal["finished", "stopped", "failed"]
 
-_JPEG_QUALITY: Final = 85
+_PAGE: Final = Path(__file__).with_name("report.html")
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -151,7 +148,7 @@ def write_report(path: Path, report: Report) -> None:
 
 def render(report: Report) -> str:
     """The page."""
-    return _template().render(report=report, size=charts)
+    return page_template(_PAGE).render(report=report, size=charts)
 
 
 def preview_rows(grid: PreviewGrid) -> tuple[PreviewRow, ...]:
@@ -169,7 +166,10 @@ def preview_rows(grid: PreviewGrid) -> tuple[PreviewRow, ...]:
                     *([f"seed {prompt.seed}"] if prompt.seed is not None else []),
                 ]
             ),
-            shots=tuple(Shot(step=step, source=_address(grid.at(row, step))) for step in grid.steps),
+            shots=tuple(
+                Shot(step=step, source=data_address(image) if (image := grid.at(row, step)) else "")
+                for step in grid.steps
+            ),
         )
         for row, prompt in enumerate(grid.prompts)
     )
@@ -184,22 +184,3 @@ def counted(messages: Sequence[Message]) -> tuple[Message, ...]:
     return tuple(
         Message(level=first.level, time=first.time, text=first.text, count=count) for first, count in counts.values()
     )
-
-
-def _address(image: "Image | None") -> str:
-    if image is None:
-        return ""
-    buffer = io.BytesIO()
-    image.save(buffer, format="JPEG", quality=_JPEG_QUALITY)
-    return "data:image/jpeg;base64," + base64.b64encode(buffer.getvalue()).decode("ascii")
-
-
-@cache
-def _template() -> "jinja2.Template":
-    import jinja2
-
-    source = Path(__file__).with_name("report.html").read_text(encoding="utf-8")
-    environment = jinja2.Environment(
-        autoescape=True, undefined=jinja2.StrictUndefined, trim_blocks=True, lstrip_blocks=True
-    )
-    return environment.from_string(source)

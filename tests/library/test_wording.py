@@ -1,6 +1,6 @@
 import pytest
 
-from library.wording import named
+from library.wording import label, named
 
 
 @pytest.mark.parametrize(
@@ -13,3 +13,18 @@ def test_what_is_not_named_is_counted(names, said):
 
 def test_what_holds_commas_can_be_parted_otherwise():
     assert named(["a, b", "c", "d"], 2, between="; ") == "a, b; c and 1 more"
+
+
+def test_labels_have_only_letters_of_the_font():
+    assert label("naïve café", 30) == "naive cafe"
+    assert label("日本", 30) == "??"
+    assert label("one\ntwo", 30) == "one two"
+
+
+@pytest.mark.parametrize(
+    ("text", "drawn"),
+    [("x" * 30, "x" * 30), ("x" * 31, "x" * 27 + "..."), ("猫" * 99, "?" * 27 + "..."), ("ﬃ" * 11, "ffi" * 9 + "...")],
+)
+def test_labels_fit(text, drawn):
+    assert label(text, 30) == drawn
+    assert len(drawn) <= 30

@@ -197,13 +197,6 @@ def test_regularisation_is_marked(tmp_path):
     assert page.text.count("regularisation") == 2
 
 
-def test_labels_of_sheets_have_only_letters_of_the_font():
-    assert preview._label("naïve café") == "naive cafe"
-    assert preview._label("日本") == "??"
-    assert preview._label("one\ntwo") == "one two"
-    assert len(preview._label("x" * 99)) == 32
-
-
 def test_a_large_epoch_is_cut_and_says_so(tmp_path, monkeypatch):
     monkeypatch.setattr(preview, "_MOST_PICTURES", 4)
     _, page, _ = make(tmp_path)

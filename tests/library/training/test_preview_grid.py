@@ -39,10 +39,14 @@ def test_there_is_an_end_to_its_size():
     assert max(after - before for before, after in zip(grid.steps, grid.steps[1:], strict=False)) <= 2_000
 
 
-def test_labels_of_any_letters_fit():
+def test_labels_of_any_letters_are_drawn():
     grid = PreviewGrid([PreviewPrompt(prompt="猫 Käfer\n<b>" + "x" * 5_000)])
     grid.add(0, plain("red"), 1)
-    assert grid.picture().size[0] == 6 + SIDE + 6
+    picture = grid.picture()
+    assert picture.size[0] == 6 + SIDE + 6
+    # The prompt is cut before the edge of the picture.
+    edge = picture.crop((6 + SIDE, 22, picture.width, 22 + 20))
+    assert edge.getcolors() == [(6 * 20, (255, 255, 255))]
 
 
 def test_files_of_an_earlier_part(tmp_path):
