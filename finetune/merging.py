@@ -20,6 +20,7 @@ from library.data.caption_files import (
     index_names,
     read_text,
 )
+from library.data.options import caption_suffix
 from library.errors import Problem, UserError
 from library.option_positions import missing_positions, name_positions, split_positions
 from library.options import option, parse_options
@@ -83,8 +84,7 @@ class TextOptions:
 
     def settled(self) -> "TextOptions":
         """The same, with one suffix that starts with a dot."""
-        extension = self.caption_extention or self.caption_extension
-        extension = extension if extension.startswith(".") else f".{extension}"
+        extension = caption_suffix(self.caption_extension, self.caption_extention)
         return replace(self, caption_extension=extension, caption_extention=None)
 
 

@@ -4,6 +4,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 
 from library.data.folders import IMAGE_SUFFIXES
+from library.data.options import caption_suffix
 from library.errors import Problem
 from library.option_positions import missing_positions
 from library.options import option
@@ -63,9 +64,7 @@ class CaptionFileOptions:
 
     def settled(self) -> "CaptionFileOptions":
         """The same, with one suffix that starts with a dot."""
-        extension = self.caption_extention or self.caption_extension
-        if not extension.startswith("."):
-            extension = f".{extension}"
+        extension = caption_suffix(self.caption_extension, self.caption_extention)
         return replace(self, caption_extension=extension, caption_extention=None)
 
     def problems(self) -> list[Problem]:

@@ -30,6 +30,7 @@ from finetune.metadata_files import (  # noqa: E402
 )
 from finetune.vae_loading import check_vae_source, load_vae  # noqa: E402
 from library.data.config import bucket_bounds  # noqa: E402
+from library.data.options import multiple_of_8  # noqa: E402
 from library.data.spec import BucketRules, Size  # noqa: E402
 from library.errors import Problem, UserError, run_script  # noqa: E402
 from library.option_positions import missing_positions, name_positions, split_positions  # noqa: E402
@@ -76,10 +77,6 @@ class PlaceOptions:
         return found + recursive_problems(recursive=self.recursive, full_path=self.full_path)
 
 
-def _multiple_of_8(value: int) -> str | None:
-    return None if value % 8 == 0 else "must be a multiple of 8 (the VAE shrinks images by 8)"
-
-
 @dataclass(frozen=True, kw_only=True, slots=True)
 class BucketOptions:
     """Buckets."""
@@ -90,7 +87,7 @@ class BucketOptions:
     min_bucket_reso: int = option(256, minimum=64, help="Shortest side of a bucket, in pixels.")
     max_bucket_reso: int = option(1024, minimum=64, help="Longest side of a bucket, in pixels.")
     bucket_reso_steps: int = option(
-        64, minimum=8, check=_multiple_of_8, help="Bucket sides are multiples of this many pixels."
+        64, minimum=8, check=multiple_of_8, help="Bucket sides are multiples of this many pixels."
     )
     bucket_no_upscale: bool = option(
         False, help="Never enlarge an image: a small one gets a bucket of its own size, rounded down."

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from library.conditioning import TextConditioning
+from library.data.cache_entry import LATENT_PIXELS
 from library.data.dataset import Batch
 from library.diffusion.noise import Key
 from library.diffusion.objective import DenoisingObjective, Predict
@@ -25,9 +26,6 @@ from library.training.prompt_files import PreviewPrompt
 
 if TYPE_CHECKING:
     from PIL.Image import Image
-
-LATENT_PIXELS = 8
-"""Pixels of an image along one latent."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)

@@ -27,7 +27,7 @@ from numpy.typing import NDArray
 
 from library.data.folders import IMAGE_SUFFIXES
 from library.data.images import ImageView, centre_origin, filter_of
-from library.data.spec import Size
+from library.data.spec import Size, size_text
 from library.documents import parse_json
 from library.files import write_bytes
 
@@ -107,11 +107,11 @@ class Settings:
         if self.version != wanted.version:
             return f"of another version of the encoding: {self.version} instead of {wanted.version}"
         if self.bucket != wanted.bucket:
-            return f"made for another size: {_size(self.bucket)} instead of {_size(wanted.bucket)}"
+            return f"made for another size: {size_text(self.bucket)} instead of {size_text(wanted.bucket)}"
         if (self.resized, self.origin) != (wanted.resized, wanted.origin):
             return (
-                f"made with another crop: {_size(self.resized)} cut at {self.origin} instead of "
-                f"{_size(wanted.resized)} at {wanted.origin}"
+                f"made with another crop: {size_text(self.resized)} cut at {self.origin} instead of "
+                f"{size_text(wanted.resized)} at {wanted.origin}"
             )
         if self.interpolation != wanted.interpolation:
             return f"made with another interpolation: {self.interpolation} instead of {wanted.interpolation}"
@@ -412,7 +412,3 @@ def _checksum(content: bytes | bytearray) -> str:
 
 def _digest(content: bytes | bytearray, *, size: int) -> str:
     return hashlib.blake2b(content, digest_size=size).hexdigest()
-
-
-def _size(size: Size) -> str:
-    return f"{size[0]}x{size[1]}"

@@ -11,6 +11,7 @@ from library.data.cache_places import ENTRY_NAME
 from library.data.disk_cache import DiskLatentCache, objection
 from library.data.images import ImageView
 from library.data.latent_encoding import Use
+from library.data.spec import size_text
 from library.files import is_temporary
 
 _ABANDONED_SECONDS: Final = 3600
@@ -70,7 +71,7 @@ def summary(reasons: Iterable[str]) -> dict[str, int]:
 
 
 def _described(settings: Settings) -> str:
-    resized, bucket = (f"{width}x{height}" for width, height in (settings.resized, settings.bucket))
+    resized, bucket = size_text(settings.resized), size_text(settings.bucket)
     return (
         f"resized to {resized} ({settings.interpolation}), cut to {bucket} at {settings.origin}, "
         f"VAE {settings.vae}, encoding {settings.version}"

@@ -19,7 +19,7 @@ from library.data.folders import IMAGE_FORMATS, PLUGINS, enable_format
 from library.data.spec import Size
 from library.errors import first_line
 
-_ORIENTATION_TAG: Final = 0x0112
+ORIENTATION_TAG: Final = 0x0112
 _SIDEWAYS: Final = frozenset((5, 6, 7, 8))
 _JPEG_END: Final = b"\xff\xd9"
 _JPEG_SCAN: Final = 0xDA
@@ -56,7 +56,7 @@ def size_of_many(path: str) -> Size:
             _check_proportion(image.size, _file_size(file))
             needs_decoding = _raises_doubt(file, image.format or "")
             # PNG's own getexif decodes the image to look behind the pixels, which _raises_doubt has done without.
-            orientation = Image.Image.getexif(image).get(_ORIENTATION_TAG, 1)
+            orientation = Image.Image.getexif(image).get(ORIENTATION_TAG, 1)
             size = image.size
         if needs_decoding:
             size, orientation = _decoded_size(path)
@@ -90,7 +90,7 @@ def _decoded_size(path: str) -> tuple[Size, int]:
 
     with Image.open(path, formats=IMAGE_FORMATS) as image:
         image.load()
-        return image.size, int(image.getexif().get(_ORIENTATION_TAG, 1))
+        return image.size, int(image.getexif().get(ORIENTATION_TAG, 1))
 
 
 @contextmanager

@@ -18,7 +18,7 @@ from PIL import Image, UnidentifiedImageError
 
 from library.data.buckets import Placement
 from library.data.folders import IMAGE_FORMATS, enable_format
-from library.data.image_headers import unknown_content
+from library.data.image_headers import ORIENTATION_TAG, unknown_content
 from library.data.spec import Size
 from library.errors import UserError, first_line
 
@@ -37,7 +37,6 @@ OPAQUE: Final = 255
 _STRIP: Final = 1 << 20
 """Pixels that are composed at once."""
 
-_ORIENTATION_TAG: Final = 0x0112
 # Rows and columns are exchanged or reversed as EXIF orientation 2 to 8 asks; 1 is upright.
 _UPRIGHT: Final[dict[int, Callable[[Pixels], Pixels]]] = {
     2: lambda pixels: pixels[:, ::-1],
@@ -93,7 +92,7 @@ class ImageView:
 def orientation(image: Image.Image) -> int:
     """The EXIF orientation, 1 to 8; 1 (upright) where the file has none or one that cannot be read."""
     try:
-        found = image.getexif().get(_ORIENTATION_TAG, 1)
+        found = image.getexif().get(ORIENTATION_TAG, 1)
     except Exception:  # whatever the bytes make the reader stumble over
         return 1
     return found if found in _UPRIGHT else 1

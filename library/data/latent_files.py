@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Final
 
 from library.data.findings import Finding, error, warning
-from library.data.spec import Size, SubsetSpec, size_objection
+from library.data.spec import Size, SubsetSpec, size_objection, size_text
 from library.errors import UserError
 
 if TYPE_CHECKING:
@@ -103,7 +103,7 @@ def _objections(entry: "Entry", path: Path, subset: SubsetSpec, bucket: Size | N
         yield error(f"latents of the shape {shape} are not those of Stable Diffusion 1 or 2", where, _PUT_BACK)
     elif bucket is not None and entry.bucket != bucket:
         yield error(
-            f"the latents are those of {_size(entry.bucket)} pixels, and train_resolution is {_size(bucket)}",
+            f"the latents are those of {size_text(entry.bucket)} pixels, and train_resolution is {size_text(bucket)}",
             where,
             f"Write [{entry.bucket[0]}, {entry.bucket[1]}] there, or put the image back beside the file.",
         )
@@ -125,10 +125,6 @@ def judge_latents(paths: Sequence[Path], count: int, subset: SubsetSpec) -> Iter
             str(subset.metadata_file),
             "Put the images back to have their latents made, or leave it so if it is meant.",
         )
-
-
-def _size(size: Size) -> str:
-    return f"{size[0]}x{size[1]}"
 
 
 def picture_of(path: Path) -> "Pixels":

@@ -14,7 +14,7 @@ from library.data.folders import explain_image_dir
 from library.data.lint_captions import lint_captions, lint_rules
 from library.data.mask_files import lint_masks
 from library.data.records import ImageRecord
-from library.data.spec import DatasetSpec, DataSpec, Size, SubsetSpec
+from library.data.spec import DatasetSpec, DataSpec, Size, SubsetSpec, size_text
 from library.errors import UserError
 from library.wording import named
 
@@ -191,7 +191,7 @@ def _lint_batches(dataset: DatasetSpec, records: Sequence[ImageRecord]) -> Itera
             counts[bucket] += repeats * images
     small = [(size, count) for size, count in sorted(counts.items()) if count < dataset.batch_size]
     if small and dataset.buckets.enable_bucket:
-        sizes = [f"{width}x{height} ({count})" for (width, height), count in small]
+        sizes = [f"{size_text(size)} ({count})" for size, count in small]
         yield warning(
             f"{len(small)} of {len(counts)} buckets hold fewer images (repeats counted) than batch_size "
             f"{dataset.batch_size}, so their batches are smaller: {named(sizes, _MOST_NAMED)}",
@@ -231,4 +231,4 @@ def _lint_regularisation(dataset: DatasetSpec, records: Sequence[ImageRecord]) -
 
 def _sized(records: Sequence[ImageRecord]) -> str:
     """The first names with their sizes, and how many more there are."""
-    return named([f"{record.name} {record.size[0]}x{record.size[1]}" for record in records], _MOST_NAMED)
+    return named([f"{record.name} {size_text(record.size)}" for record in records], _MOST_NAMED)

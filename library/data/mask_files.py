@@ -14,7 +14,7 @@ from library.data.findings import Finding, error, warning
 from library.data.folder_files import FolderFiles
 from library.data.folders import explain_image_dir, image_names
 from library.data.image_headers import UnreadableImageError
-from library.data.spec import Size, SubsetSpec
+from library.data.spec import Size, SubsetSpec, size_text
 from library.errors import UserError
 from library.wording import named
 
@@ -109,7 +109,7 @@ def _lint_shapes(subset: SubsetSpec, masks: FolderFiles, records: Sequence["Imag
         if isinstance(size, UnreadableImageError):
             damaged.append(name)
         elif not _same_shape(size, image):
-            misshapen.append(f"{name} {size[0]}x{size[1]} for {image[0]}x{image[1]}")
+            misshapen.append(f"{name} {size_text(size)} for {size_text(image)}")
     if damaged:
         what = f"{len(damaged)} masks of '{subset.name}' cannot be read: {named(damaged, _MOST_NAMED)}"
         yield error(what, subset.where, "Replace the files with whole copies.")

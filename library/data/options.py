@@ -8,6 +8,12 @@ from library.errors import Problem
 from library.options import option, parse_range, parse_size
 
 
+def caption_suffix(extension: str, misspelt: str | None) -> str:
+    """The one suffix of caption files, with its dot; that of the option's ``misspelt`` name wins."""
+    chosen = misspelt or extension
+    return chosen if chosen.startswith(".") else f".{chosen}"
+
+
 @dataclass(frozen=True, kw_only=True, slots=True)
 class SourceOptions:
     """Data set."""
@@ -94,7 +100,8 @@ class CheckOptions:
     )
 
 
-def _multiple_of_8(value: int) -> str | None:
+def multiple_of_8(value: int) -> str | None:
+    """Why ``value`` is no side of an image; None where it is one."""
     return None if value % 8 == 0 else "must be a multiple of 8, such as 64 (the VAE shrinks images by 8)"
 
 
@@ -120,7 +127,7 @@ class ImageOptions:
         64,
         minimum=8,
         maximum=LONGEST_SIDE,
-        check=_multiple_of_8,
+        check=multiple_of_8,
         help="Bucket sides are multiples of this many pixels.",
     )
     bucket_no_upscale: bool = option(
@@ -226,9 +233,7 @@ class CaptionOptions:
 
     def settled(self) -> "CaptionOptions":
         """The same, with one caption suffix that starts with a dot."""
-        extension = self.caption_extention or self.caption_extension
-        if not extension.startswith("."):
-            extension = f".{extension}"
+        extension = caption_suffix(self.caption_extension, self.caption_extention)
         return replace(self, caption_extension=extension, caption_extention=None)
 
 

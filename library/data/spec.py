@@ -23,6 +23,11 @@ _LARGEST_AREA: Final = 2048 * 2048
 """Sixteen times what the models were trained on; no GPU trains more in one piece."""
 
 
+def size_text(size: Size) -> str:
+    """``size`` as people write it: width, then height."""
+    return f"{size[0]}x{size[1]}"
+
+
 def size_objection(size: Size) -> str | None:
     """Why images cannot be trained at ``size`` where a file asks for it; None where they can."""
     if any(side % _GRID for side in size):

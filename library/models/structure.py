@@ -13,6 +13,7 @@ from typing import Any, Final
 
 from library.documents import parse_json
 from library.errors import UserError
+from library.models.detect import PARTS
 from library.models.variant import Family
 
 Config = dict[str, Any]
@@ -24,7 +25,6 @@ CONFIG_KEY: Final = "diffusers_config"
 HEAD_WIDTH: Final = 64
 NORM_GROUPS: Final = 32
 _CONFIGS: Final = Path(__file__).with_name("configs")
-_PARTS: Final = ("unet", "vae", "text_encoder")
 # Fields that change no weight and no output; a difference in them is no reason to carry a configuration.
 _INDIFFERENT: Final = {"sample_size", "upcast_attention", "architectures", "projection_dim", "model_type"} | {
     f"{kind}_token_id" for kind in ("bos", "eos", "pad")
@@ -134,7 +134,7 @@ def carried_structure(metadata: Mapping[str, Any], *, where: str) -> dict[str, C
         return {}
     try:
         carried = dict(parse_json(text))
-        found = {part: dict(carried[part]) for part in _PARTS if part in carried}
+        found = {part: dict(carried[part]) for part in PARTS if part in carried}
         # What is read of it before the part is built; an empty one is read from shapes.
         layers = text_encoder.get("num_hidden_layers") if (text_encoder := found.get("text_encoder")) else 0
         if type(layers) is not int:
@@ -167,8 +167,8 @@ def stated_structure(actual: Mapping[str, Config], shapes: Mapping[str, Shapes],
         }
     except UserError:
         read = {}
-    known = {part: json.loads(json.dumps({k: v for k, v in actual[part].items() if k[0] != "_"})) for part in _PARTS}
-    if read and all(_agree(known[part], read[part]) for part in _PARTS):
+    known = {part: json.loads(json.dumps({k: v for k, v in actual[part].items() if k[0] != "_"})) for part in PARTS}
+    if read and all(_agree(known[part], read[part]) for part in PARTS):
         return None
     return json.dumps(known, separators=(",", ":"), sort_keys=True)
 
