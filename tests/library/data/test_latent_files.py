@@ -159,6 +159,18 @@ def test_geometry_is_verified_and_the_file_named(tmp_path, make, rules, entry, w
     assert finding.remedy
 
 
+@pytest.mark.parametrize("is_used", [True, False])
+def test_the_mask_in_a_file_is_kept_where_it_is_used(tmp_path, is_used):
+    mask = np.linspace(0, 1, 64 * 64, dtype=np.float32).reshape(64, 64)
+    newer(tmp_path / "images" / "a.npz", alpha_mask=mask)
+    spec, records, _ = described(tmp_path, {"a": {"caption": "c"}}, alpha_mask=is_used)
+    found = LatentCache.fill(prepare_data(spec, records), encode, batch_size=1, progress=False).opacity(0)
+    if is_used:
+        np.testing.assert_array_equal(found, np.rint(mask * 255))
+    else:
+        assert found is None
+
+
 def test_several_latents_that_could_be_meant_are_none(tmp_path):
     for name in ("a_0640x0640_sd.npz", "a_0320x0320_sd.npz"):
         newer(tmp_path / "images" / name)

@@ -383,8 +383,9 @@ def test_mirrored_latents_and_masks_are_kept_when_the_other_is_added(tmp_path):
     DiskLatentCache.fill(replace(data, rules=rules), encode, vae="a", batch_size=2, progress=False)
     rules = {place: replace(own, augment=AugmentRules()) for place, own in data.rules.items()}
     DiskLatentCache.fill(replace(data, rules=rules), encode, vae="a", batch_size=2, progress=False)
-    for path in (tmp_path / "images").glob("*.npz"):
-        entry = read_entry(path)
+    entries = [read_entry(path) for path in (tmp_path / "images").glob("*.npz")]
+    assert len(entries) == 2
+    for entry in entries:
         assert entry.mirrored is not None
         assert entry.mask is not None
 

@@ -200,6 +200,16 @@ def test_a_state_of_the_same_name_is_replaced(tmp_path):
     assert os.listdir(tmp_path) == ["toy-state"]
 
 
+def test_room_is_asked_for_by_the_tensors_at_any_depth(tmp_path, monkeypatch):
+    asked = {}
+    monkeypatch.setattr("library.disk_space.check_room", lambda path, size: asked.update({path.name: size}))
+    moments = {"state": {0: {"exp_avg": torch.zeros(5), "steps": [torch.zeros(2, dtype=torch.float64)]}}, "lr": 1e-3}
+    write_state(tmp_path / "toy-state", state_at(5, optimizer=moments, ema={"w": torch.zeros(3, dtype=torch.bfloat16)}))
+    assert asked["optimizer.bin"] == 5 * 4 + 2 * 8
+    assert asked["scheduler.bin"] == 0
+    assert asked["toy-state"] == 3 * 4 + 5 * 4 + 2 * 8 + 3 * 2
+
+
 def test_a_failing_write_keeps_the_former_state(tmp_path, monkeypatch):
     folder = tmp_path / "toy-state"
     write_state(folder, state_at(5))
