@@ -13,7 +13,6 @@ from contextlib import contextmanager
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
-    import numpy
     import torch
 
 KeyPart = int | str
@@ -28,13 +27,6 @@ def key(*parts: KeyPart) -> int:
 def python_random(*parts: KeyPart) -> random.Random:
     """A Python generator for the address ``parts``."""
     return random.Random(key(*parts))
-
-
-def numpy_generator(*parts: KeyPart) -> "numpy.random.Generator":
-    """A NumPy generator for the address ``parts``."""
-    import numpy
-
-    return numpy.random.Generator(numpy.random.PCG64(key(*parts)))
 
 
 def torch_generator(*parts: KeyPart) -> "torch.Generator":

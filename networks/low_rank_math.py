@@ -43,10 +43,6 @@ class LowRank:
         """``alpha / rank``."""
         return self.alpha / self.rank
 
-    def delta(self) -> Tensor:
-        """The whole change as a matrix, (out, in * k * k)."""
-        return self.up.flatten(1) @ self.down.flatten(1) * self.scale
-
     def to(self, dtype: torch.dtype, device: str | None = None) -> "LowRank":
         """The same with other numbers, or elsewhere."""
         return replace(self, down=self.down.to(device, dtype), up=self.up.to(device, dtype))

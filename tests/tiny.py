@@ -100,7 +100,7 @@ def tiny_sd(folder: Path, kind: Kind = "sd1", *, seed: int = 0, **shape: Any) ->
     """
     from safetensors.torch import save_file
 
-    from library.models.ldm_keys import text_encoder_state_for_folder
+    from library.models.ldm_keys import text_to_sd1
 
     parts = tiny_parts(kind, seed=seed, **shape)
     folder.mkdir(parents=True, exist_ok=True)
@@ -111,7 +111,7 @@ def tiny_sd(folder: Path, kind: Kind = "sd1", *, seed: int = 0, **shape: Any) ->
     weights = {"format": "pt"}
     save_file(parts.unet.state_dict(), folder / "unet/diffusion_pytorch_model.safetensors", metadata=weights)
     save_file(parts.vae.state_dict(), folder / "vae/diffusion_pytorch_model.safetensors", metadata=weights)
-    text_state = text_encoder_state_for_folder(parts.text_encoder.state_dict())
+    text_state = text_to_sd1(parts.text_encoder.state_dict())
     save_file(text_state, folder / "text_encoder/model.safetensors", metadata=weights)
     _write_tokenizer(folder / "tokenizer", kind)
     (folder / "model_index.json").write_text(json.dumps(_MODEL_INDEX, indent=2))

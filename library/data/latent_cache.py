@@ -35,10 +35,6 @@ class LatentCache:
         self._rows = rows
         self._opacities = opacities
 
-    def __len__(self) -> int:
-        """Number of different latents."""
-        return sum(len(mean) for mean, _ in self._stacks.values())
-
     def get(self, record: int, *, flipped: bool) -> tuple[Tensor, Tensor]:
         """Mean and standard deviation (C, h, w), float32 on the CPU, of the record at position ``record``."""
         bucket, row = self._rows[record, flipped]

@@ -21,13 +21,14 @@ class NoiseSchedule:
 
     Timesteps are (B,) int64 in [0, 1000), on any device; results are on the device of the tensors they are made for.
 
-    Attributes:
+    Args:
         betas: Variance added at each timestep, (T,) float32.
+
+    Attributes:
         alphas_cumprod: Share of the image's variance that is left, (T,) float32, falling.
     """
 
     def __init__(self, betas: Tensor) -> None:
-        self.betas = betas
         self.alphas_cumprod = torch.cumprod(1.0 - betas, dim=0)
         self._copies = {self.alphas_cumprod.device: self.alphas_cumprod}
 

@@ -13,7 +13,7 @@ from library.documents import DocumentError, parse_json, read_table
 from library.files import check_finite, folder_written_whole, write_json, write_tensors
 from library.models.detect import PARTS, WEIGHT_FILES
 from library.models.formats import METADATA_FILE, is_trained_folder
-from library.models.ldm_keys import text_encoder_state_for_folder
+from library.models.ldm_keys import text_to_sd1
 from library.models.origin import Origin
 from library.models.stable_diffusion import StableDiffusion
 from library.models.structure import Config, shipped_config
@@ -82,7 +82,7 @@ def write_folder(
 
 def _state(part: str, module: Any) -> dict[str, Tensor]:
     state: dict[str, Tensor] = module.state_dict()
-    return text_encoder_state_for_folder(state) if part == "text_encoder" else state
+    return text_to_sd1(state) if part == "text_encoder" else state
 
 
 def _config(part: str, module: Any) -> Config:

@@ -112,13 +112,8 @@ def text_from_sd1(tensors: "Mapping[str, Tensor]") -> "dict[str, Tensor]":
 
 
 def text_to_sd1(tensors: "Mapping[str, Tensor]") -> "dict[str, Tensor]":
-    """A text encoder's state dict with the ``text_model.`` before every name that checkpoints have."""
+    """A text encoder's state dict with the ``text_model.`` before every name that checkpoints and folders have."""
     return {f"text_model.{name.removeprefix('text_model.')}": tensor for name, tensor in tensors.items()}
-
-
-def text_encoder_state_for_folder(tensors: "Mapping[str, Tensor]") -> "dict[str, Tensor]":
-    """A text encoder's state dict as a diffusers folder has it: with the ``text_model.`` that older programs need."""
-    return text_to_sd1(tensors)
 
 
 def text_from_sd2(tensors: "Mapping[str, Tensor]", *, layers: int) -> "dict[str, Tensor]":

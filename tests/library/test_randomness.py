@@ -7,7 +7,7 @@ import sys
 import pytest
 import torch
 
-from library.randomness import key, numpy_generator, python_random, seeded_globals, torch_generator
+from library.randomness import key, python_random, seeded_globals, torch_generator
 
 
 def test_a_key_is_the_same_in_every_process() -> None:
@@ -31,7 +31,6 @@ def test_different_addresses_have_different_keys(one: tuple, other: tuple) -> No
 
 def test_generators_repeat() -> None:
     assert python_random(1, "x").random() == python_random(1, "x").random()
-    assert numpy_generator(1, "x").random() == numpy_generator(1, "x").random()
     first, second = (torch.rand(3, generator=torch_generator(1, "x")) for _ in range(2))
     assert torch.equal(first, second)
 

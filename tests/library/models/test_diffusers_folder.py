@@ -9,7 +9,7 @@ import pytest
 from library.errors import UserError
 from library.files import read_tensors
 from library.models.formats import METADATA_FILE
-from library.models.ldm_keys import text_encoder_state_for_folder
+from library.models.ldm_keys import text_to_sd1
 from library.models.options import ModelOptions, PromptOptions
 from library.models.stable_diffusion import load_stable_diffusion
 from tests.library.models.saving import METADATA, PARTS, assert_equal, load, save, trained, weights
@@ -45,7 +45,7 @@ def test_a_folder_has_these_files(base, tmp_path, form, format):
     assert [entry.name for entry in tmp_path.iterdir()] == [path.name]
     # Programs with older versions of transformers know the text encoder by these names alone.
     names = read_tensors(path / "text_encoder" / text).tensors.keys()
-    assert names == text_encoder_state_for_folder(load(path).text_encoder.state_dict()).keys()
+    assert names == text_to_sd1(load(path).text_encoder.state_dict()).keys()
 
 
 def test_scheduler_and_tokenizer_of_the_source_folder_stay(tmp_path):

@@ -55,7 +55,7 @@ def below(tensors, prefix):
 
 def test_shipped_configurations_build_the_recorded_modules():
     assert shapes(full_size("unet_sd1")) == golden("diffusers_unet_keys_sd1")
-    with_prefix = ldm_keys.text_encoder_state_for_folder(full_size("text_encoder_sd1"))
+    with_prefix = ldm_keys.text_to_sd1(full_size("text_encoder_sd1"))
     assert shapes(with_prefix) == golden("diffusers_te_keys_sd1")
 
 
