@@ -13,14 +13,20 @@ from library.documents import DocumentError, is_text, parse_json, parse_toml, re
 from library.errors import Problem, UserError, raise_if_any
 from library.options import choose_from
 from library.training.options import SAMPLER_NAMES
+from library.wording import named
 
 logger = logging.getLogger(__name__)
 
-_MAX_STEPS: Final = 1000
+MAX_STEPS: Final = 999
+"""What the samplers take: with a step for every timestep, some give no image."""
+
 _MAX_SEED: Final = 2**63 - 1
 _MAX_SIDE: Final = 4096  # pixels
 _MOST_PROBLEMS: Final = 100
 """Mistakes of one file that are told: looking for the nearest name of each takes time."""
+
+_MOST_ADJUSTED: Final = 3
+"""Values that are named of those that are not taken as they are."""
 
 _SIDE_UNIT: Final = 8  # pixels: one pixel of latents
 _MIN_SIDE: Final = 64  # pixels
@@ -35,7 +41,7 @@ class PreviewPrompt:
         negative_prompt: What it must not show.
         width: Pixels, a multiple of 8, at least 64.
         height: Pixels, a multiple of 8, at least 64.
-        steps: Sampling steps, 1 to 1000.
+        steps: Sampling steps, 1 to :data:`MAX_STEPS`.
         scale: Guidance scale; guidance is off from 1 down.
         seed: Seed of the noise; None leaves it to the run.
         sampler: Name of the sampler.
@@ -61,7 +67,7 @@ def _side(value: object) -> int:
 
 
 def _steps(value: object) -> int:
-    return min(max(_whole(value), 1), _MAX_STEPS)
+    return min(max(_whole(value), 1), MAX_STEPS)
 
 
 def _seed(value: object) -> int:
@@ -105,7 +111,7 @@ _SETTINGS: Final = (
     _Setting("negative_prompt", "negative_prompt", "n", _text, "text"),
     _Setting("width", "width", "w", _side, f"pixels, a whole number up to {_MAX_SIDE}"),
     _Setting("height", "height", "h", _side, f"pixels, a whole number up to {_MAX_SIDE}"),
-    _Setting("steps", "sample_steps", "s", _steps, "a whole number, 1 to 1000"),
+    _Setting("steps", "sample_steps", "s", _steps, f"a whole number, 1 to {MAX_STEPS}"),
     _Setting("scale", "scale", "l", _scale, "a number such as 7.5"),
     _Setting("seed", "seed", "d", _seed, "a whole number, 0 or more"),
     _Setting("sampler", "sample_sampler", "ss", _text, "the name of a sampler"),
@@ -142,15 +148,26 @@ def load_prompts(
         )
     problems: list[Problem] = []
     prompts: list[PreviewPrompt] = []
+    adjusted: list[str] = []
     for where, settings in reader(path, _read(path), problems):
         if len(problems) >= _MOST_PROBLEMS:
             problems.append(Problem("further mistakes are not listed", str(path), "Mend these first."))
             break
         fields = _fields(settings, where, samplers, problems)
+        adjusted += _adjusted(settings, fields, where)
         prompts.append(PreviewPrompt(**{"prompt": "", "sampler": default_sampler, **fields, "index": len(prompts)}))
     raise_if_any(problems)
     if not prompts:
         raise UserError("there is no prompt in the file", where=str(path), remedy="Write one prompt a line.")
+    if adjusted:
+        logger.warning(
+            "%d values are brought to what a preview can have (sides: multiples of %d from %d on; steps: 1 to %d): %s",
+            len(adjusted),
+            _SIDE_UNIT,
+            _MIN_SIDE,
+            MAX_STEPS,
+            named(adjusted, _MOST_ADJUSTED, between="; "),
+        )
     return tuple(prompts)
 
 
@@ -276,6 +293,16 @@ def _fields(
             remedy = choose_from(sampler, samplers, "Available")
             problems.append(Problem(f"there is no sampler {sampler!r}", where=where, remedy=remedy))
     return fields
+
+
+def _adjusted(settings: Mapping[str, object], fields: Mapping[str, object], where: str) -> list[str]:
+    """The numbers of a prompt that are not taken as they are, and what they are taken as."""
+    given = [(_BY_KEY[key], value) for key, value in settings.items() if key in _BY_KEY]
+    return [
+        f"{where}: {_shown_key(setting)} {value} is {found}"
+        for setting, value in given
+        if isinstance(found := fields.get(setting.field), int) and found != _whole(value)
+    ]
 
 
 def _shown_key(setting: _Setting) -> str:

@@ -3,8 +3,9 @@ from pathlib import Path
 
 import pytest
 
+from library.diffusion import samplers
 from library.errors import UserError
-from library.training.prompt_files import PreviewPrompt, load_prompts, parse_line
+from library.training.prompt_files import MAX_STEPS, PreviewPrompt, load_prompts, parse_line
 
 GOLDEN = Path(__file__).parents[2] / "golden"
 LINES = json.loads((GOLDEN / "sample_prompt_lines.json").read_text())["cases"]
@@ -135,7 +136,24 @@ def test_defaults_and_limits(tmp_path):
         sampler="euler_a",
         index=0,
     )
-    assert second == PreviewPrompt(prompt="b", width=120, height=64, steps=1000, scale=0.0, sampler="euler_a", index=1)
+    assert second == PreviewPrompt(prompt="b", width=120, height=64, steps=999, scale=0.0, sampler="euler_a", index=1)
+
+
+def test_what_is_not_taken_as_it_is_is_told_once(tmp_path, caplog):
+    path = write(tmp_path, "p.txt", "a --w 512 --s 5000 --d 7\nb --w 10 --s 0\nc --h 500\n")
+    assert [prompt.steps for prompt in load_prompts(path)] == [999, 1, 30]
+    (message,) = caplog.messages
+    assert message.startswith("4 values are brought to what a preview can have")
+    assert message.endswith(f"{path}:1: --s 5000 is 999; {path}:2: --w 10 is 64; {path}:2: --s 0 is 1 and 1 more")
+
+
+def test_values_that_a_preview_can_have_are_no_matter(tmp_path, caplog):
+    load_prompts(write(tmp_path, "p.json", '[{"prompt": "a", "width": 512, "height": "768", "sample_steps": 999}]'))
+    assert not caplog.messages
+
+
+def test_the_most_steps_are_those_of_the_samplers():
+    assert MAX_STEPS == samplers.MAX_STEPS
 
 
 @pytest.mark.parametrize("value", ["true", '"512"', "512.5", "-1", "[512]"])
