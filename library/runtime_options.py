@@ -71,7 +71,11 @@ class RuntimeOptions:
         "fp32 is computed with. Convolutions do so in any case.",
     )
     ddp_timeout: int | None = option(
-        None, minimum=1, synonyms={0: None}, metavar="MINUTES", help="Minutes that processes wait for each other."
+        None,
+        minimum=1,
+        synonyms={0: None},
+        metavar="MINUTES",
+        help="Minutes that processes wait for each other. 0 is off: PyTorch's own limit.",
     )
     ddp_gradient_as_bucket_view: bool = option(
         False, help="Share memory between gradients and what processes exchange."

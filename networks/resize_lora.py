@@ -76,7 +76,7 @@ class RankOptions:
         None,
         above=0,
         metavar="X",
-        help="Target of --dynamic_method: 2 or more for sv_ratio, a share below 1 otherwise.",
+        help="Target of --dynamic_method: for sv_ratio a ratio of at least 1, otherwise a share of at most 1.",
     )
     verbose: bool = option(False, help="Say for every layer what is kept.")
 

@@ -306,15 +306,19 @@ class ValidationOptions:
         "never are. 0 is off.",
     )
     validate_every_n_steps: int | None = option(
-        None, minimum=1, synonyms={0: None}, metavar="N", help="Validate after every N steps, too."
+        None, minimum=1, synonyms={0: None}, metavar="N", help="Validate after every N steps, too. 0 is off."
     )
     validate_every_n_epochs: int | None = option(
         None,
         minimum=1,
         synonyms={0: None},
         metavar="N",
-        help="Validate after every N epochs; 1 when absent. A saved model is validated in any case.",
+        help="Validate after every N epochs; 1 when absent or 0. A saved model is validated in any case.",
     )
     max_validation_steps: int | None = option(
-        None, minimum=1, synonyms={0: None}, metavar="N", help="Most batches, over all processes, of one validation."
+        None,
+        minimum=1,
+        synonyms={0: None},
+        metavar="N",
+        help="Most batches, over all processes, of one validation. 0 is no limit.",
     )

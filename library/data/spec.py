@@ -128,9 +128,9 @@ class SubsetSpec:
         augment: Augmentation rules.
         resize_interpolation: Name of the resize filter; None chooses by scale.
         alpha_mask: The alpha channel weighs the loss.
-        custom_attributes: Free values that methods may read.
+        custom_attributes: Free values; nothing reads them, which a warning says.
         metadata_file: Captions and sizes from a JSON file instead of caption files.
-        conditioning_data_dir: Folder of masks or control images.
+        conditioning_data_dir: Folder of masks.
         cache_info: Keep captions and sizes of a folder's images in a file in it.
         written_dir: ``image_dir`` as it was written: how the paths in that file begin.
     """

@@ -48,7 +48,7 @@ class LengthOptions:
 
     max_train_steps: int = option(DEFAULT_TRAIN_STEPS, minimum=1, metavar="N", help="Number of optimizer steps.")
     max_train_epochs: int | None = option(
-        None, minimum=1, synonyms=_OFF, metavar="N", help="Number of epochs; when given, the steps follow from it."
+        None, minimum=1, synonyms=_OFF, metavar="N", help="Number of epochs; the steps follow from it. 0 is off."
     )
     gradient_accumulation_steps: int = option(
         1, minimum=1, metavar="N", help="Batches whose gradients are added up for one optimizer step."
@@ -194,7 +194,11 @@ class SchedulerOptions:
         help="Steps in which the rate falls at the end, for warmup_stable_decay; written as --lr_warmup_steps.",
     )
     lr_scheduler_num_cycles: int = option(
-        1, minimum=0, metavar="N", help="Number of cycles of cosine_with_restarts; with 0 the rate stays as it is."
+        1,
+        minimum=0,
+        metavar="N",
+        help="Number of cycles of cosine_with_restarts; half waves of cosine_with_min_lr and warmup_stable_decay, of "
+        "which the second rises again. With 0 the rate stays as it is.",
     )
     lr_scheduler_power: float = option(1.0, minimum=0, metavar="P", help="Exponent of polynomial.")
     lr_scheduler_timescale: int | None = option(
@@ -249,25 +253,29 @@ class SaveOptions:
         help="Number format of the saved weights; as trained when absent.",
     )
     save_every_n_epochs: int | None = option(
-        None, minimum=1, synonyms=_OFF, metavar="N", help="Save after every N epochs."
+        None, minimum=1, synonyms=_OFF, metavar="N", help="Save after every N epochs. 0 is off."
     )
     save_every_n_steps: int | None = option(
-        None, minimum=1, synonyms=_OFF, metavar="N", help="Save after every N steps."
+        None, minimum=1, synonyms=_OFF, metavar="N", help="Save after every N steps. 0 is off."
     )
     save_n_epoch_ratio: int | None = option(
-        None, minimum=1, synonyms=_OFF, metavar="N", help="Save about N times in the run; sets --save_every_n_epochs."
+        None, minimum=1, synonyms=_OFF, metavar="N", help="Save about N times; sets --save_every_n_epochs. 0 is off."
     )
     save_last_n_epochs: int | None = option(
-        None, minimum=1, synonyms=_OFF, metavar="N", help="Keep only the last N of the files saved by epoch."
+        None, minimum=1, synonyms=_OFF, metavar="N", help="Keep only the last N files saved by epoch. 0 keeps all."
     )
     save_last_n_epochs_state: int | None = option(
-        None, minimum=1, synonyms=_OFF, metavar="N", help="The same for states; --save_last_n_epochs when absent."
+        None, minimum=1, synonyms=_OFF, metavar="N", help="The same for states; --save_last_n_epochs when absent or 0."
     )
     save_last_n_steps: int | None = option(
-        None, minimum=1, synonyms=_OFF, metavar="N", help="Keep only files saved by step within the last N steps."
+        None,
+        minimum=1,
+        synonyms=_OFF,
+        metavar="N",
+        help="Keep only files saved by step within the last N steps. 0 keeps all.",
     )
     save_last_n_steps_state: int | None = option(
-        None, minimum=1, synonyms=_OFF, metavar="N", help="The same for states; --save_last_n_steps when absent."
+        None, minimum=1, synonyms=_OFF, metavar="N", help="The same for states; --save_last_n_steps when absent or 0."
     )
     save_state: bool = option(False, help="Save, along with each file, a state that training can be resumed from.")
     save_state_on_train_end: bool = option(False, help="Save a state at the end of the run.")
@@ -276,7 +284,8 @@ class SaveOptions:
         above=0,
         synonyms=_OFF,
         metavar="M",
-        help="Save a state every M minutes, each in the place of the one before: what a long run loses at most.",
+        help="Save a state every M minutes, each in the place of the one before: what a long run loses at most. "
+        "0 is off.",
     )
 
     def notices(self) -> list[str]:
