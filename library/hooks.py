@@ -1,7 +1,7 @@
 """What follows a training step: average, log, validation, models, states and previews, as the options ask for them."""
 
 import logging
-from collections.abc import Callable
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import nullcontext
 from functools import partial
 from pathlib import Path
@@ -84,82 +84,101 @@ class Hooks:
         validator: Validator | None = None,
         result_weights: ResultWeights = nullcontext,
     ) -> None:
-        def generate(prompt: PreviewPrompt) -> "Image":
-            shown = average.applied if average is not None and options.ema.ema_previews else result_weights
-            with shown(), evaluating(method.module):
-                return task.generate(prompt)
-
-        runtime = task.runtime
-        self._length = length
+        self._options, self._method, self._runtime = options, method, task.runtime
+        self._length, self._start_step = length, start_step
+        self._average, self._result_weights, self._manifest = average, result_weights, manifest
         saving = options.save
         assert saving.output_dir is not None, "checked with the inputs"
         names = OutputNames(folder=saving.output_dir, name=saving.output_name, suffix=suffix)
         plan = SavePlan.for_models(saving, length.epochs)
         best = BestModel(names.folder, names.name, continued=start_step > 0) if validator is not None else None
-        self._average = average
         self.rescue = Rescue()
-        self._manifest = manifest
         self.speed = Speed(images_of)
-        self.tracker = Tracker(
-            options.logging,
-            tracker_name=tracker_name,
-            config=flat_values(options),
-            is_main=runtime.is_main,
+        self.tracker = self._tracker(tracker_name, history, progress.log)
+        progress.log = self.tracker.place
+        self.validation = (
+            self._validation(validator, plan, best) if validator is not None and best is not None else None
+        )
+        if self._runtime.is_main:
+            _sweep(names)
+        self.uploads = uploads_to_hub(options.hub, is_main=self._runtime.is_main)
+        self.models = self._model_savers(plan, names, best, describe)
+        self.states = self._state_saver(names, progress)
+        self.previews = self._previews(task, inputs.prompts, names)
+
+    def _tracker(self, name: str, history: RunHistory | None, former: Mapping[str, str]) -> Tracker:
+        return Tracker(
+            self._options.logging,
+            tracker_name=name,
+            config=flat_values(self._options),
+            is_main=self._runtime.is_main,
             more=[] if history is None else [history],
             speed=self.speed,
-            former=progress.log,
-            continued_at=start_step,
+            former=former,
+            continued_at=self._start_step,
         )
-        progress.log = self.tracker.place
-        self.validation: ValidationHook | None = None
-        if validator is not None and best is not None:
-            self.validation = ValidationHook(
-                options.validation,
-                plan,
-                lambda: validator.measure(method.module),
-                average=average,
-                tracker=self.tracker,
-                best=best,
-                result_weights=result_weights,
-            )
-        if runtime.is_main:
-            _sweep(names)
-        self.uploads = uploads_to_hub(options.hub, is_main=runtime.is_main)
-        self.models = [
+
+    def _validation(self, validator: Validator, plan: SavePlan, best: BestModel) -> ValidationHook:
+        return ValidationHook(
+            self._options.validation,
+            plan,
+            lambda: validator.measure(self._method.module),
+            average=self._average,
+            tracker=self.tracker,
+            best=best,
+            result_weights=self._result_weights,
+        )
+
+    def _model_savers(
+        self, plan: SavePlan, names: OutputNames, best: BestModel | None, describe: Describe
+    ) -> list[ModelSaver]:
+        return [
             ModelSaver(
                 plan,
                 names if weights == "model" else names.of_average(),
-                _save(method, describe, average if weights == "ema" else None, result_weights),
-                is_main=runtime.is_main,
+                _save(self._method, describe, self._average if weights == "ema" else None, self._result_weights),
+                is_main=self._runtime.is_main,
                 best=best,
                 weights=weights,
                 uploads=self.uploads,
-                saved=None if manifest is None else manifest.model,
+                saved=None if self._manifest is None else self._manifest.model,
                 keep=self.rescue.keep,
             )
-            for weights in options.ema.saved
+            for weights in self._options.ema.saved
         ]
-        self.states = StateSaver(
-            SavePlan.for_states(saving, length.epochs),
+
+    def _state_saver(self, names: OutputNames, progress: Progress) -> StateSaver:
+        saving = self._options.save
+        return StateSaver(
+            SavePlan.for_states(saving, self._length.epochs),
             names,
             progress.capture,
             saving,
             before=self.tracker.flush,
-            is_main=runtime.is_main,
-            uploads=self.uploads if options.hub.save_state_to_huggingface else None,
-            saved=None if manifest is None else manifest.state,
+            is_main=self._runtime.is_main,
+            uploads=self.uploads if self._options.hub.save_state_to_huggingface else None,
+            saved=None if self._manifest is None else self._manifest.state,
             keep=self.rescue.keep,
         )
-        self.previews = Previews(
-            options.preview,
-            inputs.prompts,
+
+    def _previews(self, task: DenoisingTask, prompts: Sequence[PreviewPrompt], names: OutputNames) -> Previews:
+        average = self._average if self._options.ema.ema_previews else None
+        shown = average.applied if average is not None else self._result_weights
+
+        def generate(prompt: PreviewPrompt) -> "Image":
+            with shown(), evaluating(self._method.module):
+                return task.generate(prompt)
+
+        return Previews(
+            self._options.preview,
+            prompts,
             generate,
-            output_dir=saving.output_dir,
-            output_name=saving.output_name,
-            seed=runtime.seed,
-            is_main=runtime.is_main,
+            output_dir=names.folder,
+            output_name=names.name,
+            seed=self._runtime.seed,
+            is_main=self._runtime.is_main,
             show=self.tracker.add_image,
-            continued_at=start_step,
+            continued_at=self._start_step,
         )
 
     @property

@@ -3,6 +3,7 @@
 from collections import Counter
 from typing import Final, Protocol
 
+from library.data.epoch_plan import EpochPlan
 from library.data.setup import TrainingData
 from library.data.summary import startup_table
 from library.inputs import InputOptions, Inputs
@@ -50,8 +51,7 @@ def start_screen(
         trained_values: Number of trained weights, where it is known.
         saved_values: Number of weights in a saved model, where it is another.
     """
-    accumulation = options.length.gradient_accumulation_steps
-    plan = data.plan(seed, accumulation=accumulation, world=world)
+    plan = data.plan(seed, accumulation=options.length.gradient_accumulation_steps, world=world)
     length = RunLength.of(
         max_train_steps=options.length.max_train_steps,
         max_train_epochs=options.length.max_train_epochs,
@@ -61,26 +61,12 @@ def start_screen(
     def caption_of(example: int) -> str:
         return data.caption(example, seed=seed, epoch=1, step=0, total_steps=length.total_steps)
 
-    facts = StartFacts(
-        train_images=data.train_examples,
-        reg_images=data.reg_examples,
-        validation_images=len(inputs.held_out.records) if inputs.held_out is not None else 0,
-        batches_per_epoch=plan.batches_per_epoch,
-        epochs=length.epochs,
-        batch_sizes=tuple(sorted({bucket.plan.batch_size for bucket in data.buckets})),
-        accumulation=accumulation,
-        processes=world,
-        steps_per_epoch=plan.steps_per_epoch,
-        total_steps=length.total_steps,
-        start_step=start_step,
-        epochs_asked=options.length.max_train_epochs,
-    )
     saving = options.save
     assert saving.output_dir is not None, "checked with the inputs"
     names = OutputNames(folder=saving.output_dir, name=saving.output_name, suffix=suffix)
     return [
         *startup_table(inputs.spec, data, caption_of).splitlines(),
-        *startup_lines(facts),
+        *startup_lines(_facts(options, inputs, data, plan, length, world=world, start_step=start_step)),
         *curve_lines(options, length.total_steps),
         *_validation_lines(options, inputs),
         *_average_lines(options.ema),
@@ -96,6 +82,33 @@ def start_screen(
         ),
         *preview_lines(options.preview, inputs.prompts, length, start_step=start_step),
     ]
+
+
+def _facts(
+    options: ScreenOptions,
+    inputs: Inputs,
+    data: TrainingData,
+    plan: EpochPlan,
+    length: RunLength,
+    *,
+    world: int,
+    start_step: int,
+) -> StartFacts:
+    """The arithmetic of the run."""
+    return StartFacts(
+        train_images=data.train_examples,
+        reg_images=data.reg_examples,
+        validation_images=len(inputs.held_out.records) if inputs.held_out is not None else 0,
+        batches_per_epoch=plan.batches_per_epoch,
+        epochs=length.epochs,
+        batch_sizes=tuple(sorted({bucket.plan.batch_size for bucket in data.buckets})),
+        accumulation=options.length.gradient_accumulation_steps,
+        processes=world,
+        steps_per_epoch=plan.steps_per_epoch,
+        total_steps=length.total_steps,
+        start_step=start_step,
+        epochs_asked=options.length.max_train_epochs,
+    )
 
 
 def _validation_lines(options: InputOptions, inputs: Inputs) -> list[str]:
