@@ -134,7 +134,9 @@ def rehearse_rates(options: RateOptions, groups: Sequence[Mapping[str, Any]], to
     """
     optimizer = rehearse_optimizer(options.optimizer, groups)
     schedule, kind = settled_schedule(options), kind_of(options.optimizer)
-    raise_if_any(_factor_problems(options, total_steps, [float(group["lr"]) for group in optimizer.param_groups]))
+    # A group has no rate where the optimizer sets it itself.
+    rates = (float(group["lr"]) for group in optimizer.param_groups)
+    raise_if_any(_factor_problems(options, total_steps, rates))
     if not schedule.lr_scheduler_type:
         return
     made = build_schedule_class(schedule, optimizer, total_steps)

@@ -167,6 +167,10 @@ def test_values_that_a_longer_run_does_not_stand():
         rehearse_rates(options, groups(4, 4), 7777)
 
 
+def test_an_optimizer_that_sets_its_rate_itself_has_none_to_go_through():
+    rehearse_rates(rates(optimizer_type="AdaFactor"), groups(4, 4), 6)
+
+
 def test_a_class_whose_rate_is_no_number():
     options = rates(lr_scheduler_type="ExponentialLR", lr_scheduler_args=("gamma=1e300",))
     with pytest.raises(UserError, match="the learning rate is inf after 2 steps"):
