@@ -7,16 +7,13 @@ paths or secrets has been through :mod:`library.training.privacy` before.
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Final, Literal
+from typing import Final, Literal
 
 from library.files import write_text
 from library.pages import data_address, page_template
 from library.training import charts
 from library.training.charts import Chart
 from library.training.preview_grid import PreviewGrid
-
-if TYPE_CHECKING:
-    pass
 
 Outcome = Literal["finished", "stopped", "failed"]
 
