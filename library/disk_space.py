@@ -39,6 +39,15 @@ def free_bytes(folder: Path) -> int | None:
     return usage.free if usage.total else None
 
 
+def bytes_of(path: Path) -> int:
+    """Bytes of a file, or of all files of a folder.
+
+    Raises:
+        OSError: It cannot be looked at.
+    """
+    return sum(file.stat().st_size for file in (path, *path.rglob("*")) if file.is_file())
+
+
 def nearest(folder: Path) -> Path:
     """``folder``, or the nearest above it that exists."""
     absolute = folder.absolute()

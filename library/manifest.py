@@ -8,6 +8,7 @@ from typing import Any, Final, Self
 
 from library.data.fingerprint import data_fingerprint
 from library.data.setup import TrainingData
+from library.disk_space import bytes_of
 from library.files import write_json
 from library.inputs import Inputs
 from library.provenance import hub_models, told_dataset, told_inputs, told_options
@@ -21,7 +22,6 @@ from library.training.manifest import (
     manifest_path,
     part_before,
     parts_so_far,
-    size_of,
     state_hash,
     tensor_hash,
 )
@@ -79,7 +79,7 @@ class RunManifest:
         """Take note of a model that is complete under its name."""
 
         def note() -> dict[str, Any]:
-            return {"step": step, "epoch": epoch, "bytes": size_of(path), "tensors": tensor_hash(path)}
+            return {"step": step, "epoch": epoch, "bytes": bytes_of(path), "tensors": tensor_hash(path)}
 
         self._note("results", path, note)
 

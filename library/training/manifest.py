@@ -145,11 +145,6 @@ def _tensors_of_torch(path: Path) -> Iterator[bytes | memoryview]:
         yield tensor.contiguous().reshape(-1).view(torch.uint8).numpy().data
 
 
-def size_of(path: Path) -> int:
-    """Bytes of a file, or of all files of a folder."""
-    return sum(file.stat().st_size for file in (path, *path.rglob("*")) if file.is_file())
-
-
 def state_hash(folder: Path) -> str:
     """What a state is known by: its own list of files and their hashes."""
     return sha256_of_file(folder / states.MANIFEST)

@@ -14,6 +14,7 @@ from pathlib import Path
 from types import TracebackType
 from typing import Final, Protocol
 
+from library.disk_space import bytes_of
 from library.training.privacy import shown_path
 
 log = logging.getLogger(__name__)
@@ -305,8 +306,8 @@ def _remove(upload: _Upload) -> None:
 
 
 def _size(path: Path) -> int:
-    """Bytes of a file, or of all files of a folder."""
+    """Bytes of a file or folder; 0 where it cannot be looked at."""
     try:
-        return sum(file.stat().st_size for file in (path, *path.rglob("*")) if file.is_file())
+        return bytes_of(path)
     except OSError:
         return 0
