@@ -35,9 +35,11 @@ class SaveForecast:
 
 def forecast(plan: SavePlan, length: RunLength, *, start_step: int = 0) -> SaveForecast:
     """The occasions on which ``plan`` saves in the steps behind ``start_step``, and which files it leaves."""
-    steps = set(range(length.steps_per_epoch, length.total_steps + 1, length.steps_per_epoch)) | {length.total_steps}
-    if plan.every_steps:
-        steps |= set(range(plan.every_steps, length.total_steps + 1, plan.every_steps))
+    # A long run has millions of steps and epochs in which nothing is due.
+    steps = {length.total_steps}
+    for every in (plan.every_steps, (plan.every_epochs or 0) * length.steps_per_epoch):
+        if every:
+            steps |= set(range(every, length.total_steps + 1, every))
     points: list[SavePoint] = []
     kept: dict[SavePoint, None] = {}
     most = 0

@@ -36,6 +36,15 @@ def test_the_epoch_that_ends_the_run_has_no_file_of_its_own():
     assert found.points == points("e1", "last")
 
 
+def test_a_long_run_is_looked_at_where_something_is_due(monkeypatch):
+    looked_at = []
+    due = SavePlan.due
+    monkeypatch.setattr(SavePlan, "due", lambda plan, moment: looked_at.append(moment.step) or due(plan, moment))
+    long = RunLength(total_steps=4_000, steps_per_epoch=2)
+    assert forecast(SavePlan(every_epochs=700), long).points == points("e700", "e1400", "last")
+    assert looked_at == [1400, 2800, 4000]
+
+
 def test_removed_files_are_counted_until_their_follower_is_safe():
     found = forecast(SavePlan(every_steps=2, keep_steps=2), LENGTH)
     assert found.points == points("s2", "s4", "s6", "s8", "s10", "last")
