@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING
 
 from library.errors import Problem, run_script
 from library.models.embedding_files import LAYERS, layered_tensors
-from library.new_words import Rewording, check_word
+from library.new_words import Rewording, check_word, word_support
 from library.runtime import start_runtime
 from library.script_options import read_options
 from library.textual_inversion_options import TextualInversionOptions as Options
@@ -28,7 +28,7 @@ def main(argv: list[str]) -> int:
     from library.new_word_checks import new_word_dry_run, new_word_inputs
 
     rewording = Rewording.of(options.embedding)
-    inspected = inspect_data(options, support=rewording.support, rewording=rewording)
+    inspected = inspect_data(options, support=word_support(options.embedding), rewording=rewording)
     if inspected is not None:
         return inspected
     inputs = new_word_inputs(options, rewording, more=layered_problems(options))

@@ -8,7 +8,7 @@ from library.errors import Problem
 from library.inputs import Inputs, check_inputs
 from library.inspection import dry_run
 from library.models.size import text_width_of_model
-from library.new_words import Rewording, check_captions, word_notices
+from library.new_words import Rewording, check_captions, word_notices, word_support
 from library.textual_inversion_options import TextualInversionOptions
 
 log = logging.getLogger(__name__)
@@ -25,7 +25,7 @@ def new_word_inputs(options: TextualInversionOptions, rewording: Rewording, *, m
     Raises:
         UserError: With every problem found.
     """
-    inputs = check_inputs(options, more=more, support=rewording.support)
+    inputs = check_inputs(options, more=more, support=word_support(options.embedding))
     for finding in warnings_of(check_captions(rewording, inputs.spec, inputs.records)):
         log.warning("%s", finding)
     for notice in word_notices(options.embedding):

@@ -74,11 +74,6 @@ class Rewording:
             templates = OBJECT_TEMPLATES
         return cls(word=NewWord.of(options), templates=templates)
 
-    @property
-    def support(self) -> DataSupport:
-        """What data sets can be used: with templates the captions of their images are not."""
-        return replace(TEXTUAL_INVERSION, captions=not self.templates)
-
     def __call__(self, caption: str, record: ImageRecord, rng: Random) -> str:
         """The caption of one use of an image; regularisation images keep theirs, which are not of the new word."""
         if self.templates and not record.is_reg:
@@ -143,6 +138,11 @@ def word_notices(options: EmbeddingOptions) -> Iterator[str]:
             f"--init_word is {len(found)} token(s) ({used}), the new word has {options.num_vectors_per_token} "
             f"vector(s): {how}"
         )
+
+
+def word_support(options: EmbeddingOptions) -> DataSupport:
+    """What data sets can be used: with templates the captions of their images are not."""
+    return replace(TEXTUAL_INVERSION, captions=not (options.use_object_template or options.use_style_template))
 
 
 def check_captions(rewording: Rewording, spec: DataSpec, records: Sequence[ImageRecord]) -> list[Finding]:

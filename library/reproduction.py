@@ -2,28 +2,29 @@
 
 import importlib
 import os
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Final
 
 from library.data.fingerprint import data_differences, data_fingerprint
-from library.data.support import DREAMBOOTH, FINE_TUNING, NETWORK, TEXTUAL_INVERSION
+from library.data.support import DREAMBOOTH, FINE_TUNING, NETWORK, DataSupport
 from library.documents import home_expanded
 from library.errors import Problem, UserError, raise_if_any
 from library.files import write_json
 from library.inputs import read_data, split_data
+from library.new_words import word_support
 from library.options import did_you_mean, parse_options
 from library.provenance import content_of
 from library.training.placeholders import MARK, filled_in
 
-SUPPORT: Final = {
-    "train_network.py": NETWORK,
-    "train_db.py": DREAMBOOTH,
-    "fine_tune.py": FINE_TUNING,
-    "train_textual_inversion.py": TEXTUAL_INVERSION,
-    "train_textual_inversion_XTI.py": TEXTUAL_INVERSION,
+SUPPORT: Final[Mapping[str, Callable[[Any], DataSupport]]] = {
+    "train_network.py": lambda _: NETWORK,
+    "train_db.py": lambda _: DREAMBOOTH,
+    "fine_tune.py": lambda _: FINE_TUNING,
+    "train_textual_inversion.py": lambda options: word_support(options.embedding),
+    "train_textual_inversion_XTI.py": lambda options: word_support(options.embedding),
 }
-"""The scripts, with the data sets that each can use."""
+"""The scripts, with the data sets that each can use with given options."""
 
 DATASET_FILE: Final = "dataset.json"
 PROMPT_FILE: Final = "prompts.json"
@@ -147,7 +148,7 @@ def input_differences(manifest: Mapping[str, Any], places: Mapping[str, str], ar
     script = script_of(manifest)
     kind = importlib.import_module(script.removesuffix(".py")).Options
     options: Any = parse_options(kind, arguments, prog=script, description="", announce=lambda text: None)
-    spec, records = read_data(options, support=SUPPORT[script])
+    spec, records = read_data(options, support=SUPPORT[script](options))
     training = split_data(spec, records, options.validation).training
     return [
         *(line for name, one in manifest["inputs"].items() for line in _of_input(name, one, places.get(name, name))),
