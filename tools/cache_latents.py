@@ -215,7 +215,7 @@ def _prepared(options: Options) -> Work:
     runtime = start_runtime(replace(options.runtime, seed=0), find_unused_parameters=False)
     data = prepare_data(spec, records)
     model = load_stable_diffusion(options.model, options.prompts, dtype=runtime.weight_dtype)
-    use_attention(model.unet, model.vae, options.attention)
+    use_attention(model.unet, model.deferred_vae, options.attention, dtype=runtime.weight_dtype)
     vae = model.vae.to(runtime.device)
     return Work(
         data=data,
