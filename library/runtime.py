@@ -201,7 +201,7 @@ def start_runtime(options: RuntimeOptions, *, find_unused_parameters: bool, seed
     # Under torchrun without a GPU, Accelerate starts independent single runs unless it is told to use the CPU.
     accelerator = _accelerator(options, cpu=not has_accelerator, find_unused_parameters=find_unused_parameters)
     _check_kernels(accelerator.device)
-    raise_if_any(precision_problems(options, accelerator.device.type))
+    raise_if_any(_precision_problems(options, accelerator.device.type))
     if options.torch_compile:
         _check_compiler(options.dynamo_backend)
     if options.tf32:
@@ -277,7 +277,7 @@ def has_gpu() -> bool:
     return torch.cuda.is_available() or torch.backends.mps.is_available()
 
 
-def precision_problems(options: RuntimeOptions, device_type: str) -> list[Problem]:
+def _precision_problems(options: RuntimeOptions, device_type: str) -> list[Problem]:
     """What stands against the precision on a device, which is "cpu" or a kind of GPU."""
     if options.mixed_precision != "fp16" or device_type != "cpu":
         return []

@@ -122,8 +122,11 @@ def explain_image_dir(folder: Path, *, setting: str) -> Advice | None:
 
 
 def is_empty(folder: Path) -> bool:
-    """Whether ``folder`` is a folder that holds nothing."""
-    return folder.is_dir() and not any(folder.iterdir())
+    """Whether ``folder`` is a folder that holds nothing; of one that cannot be read it is not known."""
+    try:
+        return folder.is_dir() and not any(folder.iterdir())
+    except OSError:
+        return False
 
 
 def explain_base_dir(base: Path, *, flag: str) -> Advice | None:

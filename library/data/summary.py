@@ -198,13 +198,12 @@ def startup_table(spec: DataSpec, data: TrainingData, caption_of: Callable[[int]
 
 def _captions_line(subset: SubsetSpec, images: Sequence[ImageRecord]) -> str:
     tokens = f"'{subset.class_tokens}'" if subset.class_tokens else "an empty caption"
-    if subset.metadata_file is None and subset.caption_extension.startswith(NO_CAPTION_FILES):
+    place = subset.caption_extension if subset.metadata_file is None else subset.name
+    if subset.metadata_file is None and place.startswith(NO_CAPTION_FILES):
         return f"no caption files: {tokens}"
     found = sum(record.has_caption_file for record in images)
     missing = f", {len(images) - found} missing: {tokens}" if found < len(images) else ""
-    return (
-        f"{found} captions found ({subset.caption_extension if subset.metadata_file is None else subset.name}){missing}"
-    )
+    return f"{found} captions found ({place}){missing}"
 
 
 def _subset_line(subset: SubsetSpec, images: Sequence[ImageRecord]) -> str:

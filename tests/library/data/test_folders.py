@@ -1,5 +1,7 @@
 """Folders named <repeats>_<class tokens>: what is read, and what is said when they are not where they should be."""
 
+from pathlib import Path
+
 import pytest
 
 from library.data.folders import parse_folder_name
@@ -86,3 +88,15 @@ def test_an_empty_folder_for_regularisation_is_told_and_no_mistake(tmp_path):
     assert len(spec.datasets[0].subsets) == 1
     (tmp_path / "reg" / "note.txt").write_text("x")
     assert errors(read(train=tmp_path / "train", reg=tmp_path / "reg")[1])
+
+
+def test_a_folder_for_regularisation_that_cannot_be_read_is_a_mistake(tmp_path, monkeypatch):
+    make_images(tmp_path / "train" / "2_shs thing")
+    (tmp_path / "reg").mkdir()
+
+    def refuse(folder):
+        raise PermissionError(folder)
+
+    monkeypatch.setattr(Path, "iterdir", refuse)
+    (finding,) = errors(read(train=tmp_path / "train", reg=tmp_path / "reg")[1])
+    assert finding.where == "--reg_data_dir"
